@@ -1,0 +1,56 @@
+# make demo   set up, generate text with the shipped model, compare with DynamicCache, draw map.png
+# make test   set up, lint, check types, run the tests
+# make bench  every benchmark in its quick form; one: .venv/bin/python -m bench NAME
+# make gpu    tests and benchmarks that need a CUDA device
+# make fuzz   the nightly state machine
+# make model  train the shipped model again
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PINS := .ci/constraints.txt
+
+.PHONY: demo test bench gpu fuzz model types
+.DELETE_ON_ERROR:
+
+demo: .venv/run.stamp
+	$(BIN)/vattn generate --compare --plot map.png
+
+test: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: .venv/dev.stamp
+	$(BIN)/python -m bench all --quick
+
+gpu: .venv/dev.stamp
+	$(BIN)/python -m pytest -m gpu
+	mkdir -p bench/results
+	$(BIN)/python -m bench all --quick --json > bench/results/gpu.jsonl
+
+fuzz: .venv/dev.stamp
+	$(BIN)/python -m pytest tests -m fuzz
+
+model: .venv/dev.stamp
+	$(BIN)/python -m bench.model.train --out build/model
+
+types: .venv/dev.stamp
+	$(BIN)/mypy
+
+.venv/run.stamp: pyproject.toml $(PINS) | .venv/bin/python
+	@echo 'setting up .venv: torch is most of it, so the first time takes a few minutes'
+	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[hf,cli,plot]'
+	touch $@
+
+.venv/dev.stamp: pyproject.toml $(PINS) | .venv/bin/python
+	@echo 'setting up .venv: torch is most of it, so the first time takes a few minutes'
+	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[hf,cli,plot,dev]'
+	touch $@ .venv/run.stamp
+
+# Some systems ship Python without ensurepip: their pip fills the environment from outside.
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo 'vattn needs Python >= 3.11: install it, or say make PYTHON=/path/to/python' >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv \
+		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }

@@ -1,0 +1,158 @@
+"""Warm pages, made ahead: a thread that touches and collapses pages while the model computes.
+
+    step boundary                    this thread
+    pool.advance() ── wakes ──►      lend: cold pages become pending (they count in the budget)
+                                     warm: commit their bytes, by huge pages where the kernel will
+                                     return: they are free and warm
+
+The thread takes a turn of the pool to lend and to return (microseconds); the slow part, 0.2 ms to
+2 ms a page, runs outside of it and touches only pages that nobody else can take. Where the kernel
+refuses huge pages, `refused` says why, and the pages are warm all the same. It sleeps until a step
+boundary or a request wakes it, and ends with its context.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from types import TracebackType
+
+import numpy as np
+
+from .errors import ClosedError, DriverError
+from .huge import HUGE_BYTES
+from .pool import Pool
+from .quarantine import PageIds
+from .table import MAPPED
+
+BATCH_PAGES = 8  # lent at once: a caller who needs the budget waits for so many at most
+
+
+class Warmer:
+    """Keeps at least ``low_bytes`` of a pool's free pages warm; a context manager.
+
+    Args:
+        pool: whose pages.
+        low_bytes: the low watermark; the budget and ``warm_high_bytes`` of the pool cap it.
+
+    Attributes: ``made`` pages warmed, ``collapsed`` extents collapsed, ``refused`` the last reason
+    why the kernel did not give huge pages, None if it always did.
+    """
+
+    def __init__(self, pool: Pool, *, low_bytes: int) -> None:
+        self.pool = pool
+        self.low = low_bytes // pool.page_bytes
+        if pool.warm_high is not None:
+            self.low = min(self.low, pool.warm_high)
+        self.made = self.collapsed = 0
+        self.refused: str | None = None
+        self._hot: deque[PageIds] = deque()
+        self._wake = threading.Event()
+        self._idle = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="vattn-warmer", daemon=True)
+
+    def __enter__(self) -> Warmer:
+        self._thread.start()
+        self.pool.boundary = self.wake
+        self.wake()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def wake(self) -> None:
+        """Look whether pages are wanted. `Pool.advance` calls it."""
+        self._idle.clear()
+        self._wake.set()
+
+    def collapse(self, ids: PageIds) -> None:
+        """Ask for huge pages behind mapped pages; whole 2 MiB extents of them are collapsed later.
+
+        Raises:
+            ClosedError: the warmer is closed.
+        """
+        if self._closing:
+            raise ClosedError("the warmer is closed")
+        self._hot.append(np.unique(ids))
+        self.wake()
+
+    def settle(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is left to do; False if that took longer than ``timeout`` seconds."""
+        return self._idle.wait(timeout)
+
+    def close(self) -> None:
+        """End the thread, after the page in hand. Idempotent."""
+        self._closing = True
+        if self.pool.boundary == self.wake:
+            self.pool.boundary = None
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # ---- the thread --------------------------------------------------------------------------
+    def _run(self) -> None:
+        try:
+            while True:
+                self._wake.wait()
+                self._wake.clear()
+                while not self._closing and (self._collapse_some() or self._make_some()):
+                    pass
+                if self._closing:
+                    return
+                if not self._wake.is_set():
+                    self._idle.set()
+        except ClosedError:  # the pool was closed first
+            pass
+        finally:
+            self._closing = True
+            self._idle.set()
+
+    def _make_some(self) -> bool:
+        """Warm a few pages; False if none is wanted or to be had."""
+        wanted = min(self.low - self.pool.warm, BATCH_PAGES)
+        if wanted <= 0:
+            return False
+        try:
+            ids = self.pool.lend(wanted)
+        except DriverError as error:
+            self.refused = str(error)
+            return False
+        try:
+            for page in ids.tolist():
+                if not self._closing:
+                    self._commit(page, 1)
+                    self.made += 1
+        finally:
+            self.pool.return_warm(ids)
+        return len(ids) > 0
+
+    def _collapse_some(self) -> bool:
+        """Collapse one extent of the requests, in a turn: its pages must stay who they are."""
+        if not self._hot:
+            return False
+        ids, count = self._hot.popleft(), max(1, HUGE_BYTES // self.pool.page_bytes)
+        starts = ids[(ids % count == 0) & np.isin(ids + count - 1, ids)]
+        if not len(starts):
+            return True
+        if len(starts) > 1:
+            self._hot.appendleft(ids[ids >= starts[1]])
+        first = int(starts[0])
+        with self.pool.turn:
+            extent = np.arange(first, first + count)
+            if (self.pool.table.state[extent] == MAPPED).all() and np.isin(extent, ids).all():
+                before = self.refused
+                self._commit(first, count)
+                self.collapsed += self.refused is before
+        return True
+
+    def _commit(self, page: int, count: int) -> None:
+        try:
+            self.pool.backend.warm(page, count)
+        except DriverError as error:
+            self.refused = str(error)

@@ -1,0 +1,1 @@
+"""The small byte-level Llama shipped with the project: data, training and evaluation."""

@@ -1,0 +1,484 @@
+"""The KV cache: sequences that grow, shrink, fork and are given back, in contiguous memory.
+
+The life of one token: `plan` says which pages a step needs (one vectorised look at the frontiers of
+all sequences), `extend` maps them all or none, `append` writes the rows of one layer, a view reads
+them; `truncate` forgets them but keeps the pages; `close_sequence` parks the slot, still mapped,
+and the next `open` adopts it. In steady state no step makes a system call.
+
+    tokens of one sequence   0 ........ start ........ length ........ room ........ max_tokens
+                             │ released  │   live      │  mapped ahead  │   reserved    │
+
+    per slot and layer:  0 <= starts <= lengths <= room        per slot: room = pages mapped
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from .allocator.arena import Arena
+from .allocator.errors import ClosedError, OutOfRange, VattnError
+from .allocator.frontiers import GrowPlan
+from .allocator.host import HostBackend
+from .allocator.pool import Pool
+from .allocator.trace import Trace, TracedBackend
+from .allocator.vmm import Backend
+from .batch import Batch, Ints, batch_of
+from .layout import Layout, LayoutError
+from .lengths import Lengths
+from .rows import Rows
+from .sequence import Sequence, View
+from .slots import Slots
+from .usage import Usage, measure
+
+BUDGET_SHARE = 0.8
+
+
+class PrefixError(VattnError, ValueError):
+    """A prefix that the donor does not hold, or may not share."""
+
+
+def available_bytes() -> int:
+    """Memory the system could give to new pages now (``MemAvailable``)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise VattnError("/proc/meminfo has no MemAvailable: pass budget_bytes")
+
+
+class KVCache:
+    """K and V of up to ``slots`` sequences at a time.
+
+    Args:
+        layout: shapes, strides and page size.
+        slots: most sequences open at once; address space only.
+        budget_bytes: most bytes of pages; 80% of the available memory by default.
+        pool: share another cache's pool (and budget) instead of making one.
+        zero_backed: unmapped rows read as zeros: `static_view` shows all ``max_tokens``.
+        trace: record every map and unmap in ``cache.trace``, see `allocator.trace`.
+
+    Not thread-safe: one thread drives a cache; its views may die on any thread.
+
+    Raises:
+        ReserveError: the address space is refused. MapLimitError: no file descriptor is left.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        slots: int = 64,
+        budget_bytes: int | None = None,
+        pool: Pool | None = None,
+        zero_backed: bool = False,
+        trace: bool = False,
+    ) -> None:
+        self.closed = True  # until everything below has worked
+        self._own_pool = pool is None
+        self.trace = Trace() if trace else None
+        if pool is None:
+            budget = int(available_bytes() * BUDGET_SHARE) if budget_bytes is None else budget_bytes
+            backend: Backend = HostBackend(layout.page)
+            if self.trace is not None:
+                backend = TracedBackend(backend, self.trace)
+            pool = Pool(backend, budget_bytes=budget)
+        elif pool.page_bytes != layout.page:
+            raise LayoutError(
+                f"the pool has pages of {pool.page_bytes} bytes, the layout of {layout.page}"
+            )
+        elif trace:
+            raise LayoutError("trace=True needs a pool of the cache's own: leave pool out")
+        self.layout, self.pool, self.slots = layout, pool, slots
+        try:
+            self.arena = Arena(
+                pool,
+                slots=slots,
+                lanes=layout.lanes,
+                lane_pages=layout.lane_pages,
+                zero_backed=zero_backed,
+            )
+        except BaseException:
+            if self._own_pool:
+                pool.close()
+            raise
+        if self.trace is not None:
+            base, slot_bytes = self.arena.address, layout.slot_bytes
+            self.trace.owner_of = lambda address: f"slot {(address - base) // slot_bytes}"
+        self._rows, self._frontiers = Rows(layout, self.arena), Lengths(layout, self.arena)
+        self.dtype = self._rows.dtype
+        # The same arrays, for everybody who looks: see `Lengths`.
+        self.lengths, self.starts = self._frontiers.lengths, self._frontiers.starts
+        self.tokens, self.room = self._frontiers.tokens, self._frontiers.room
+        self._slots = Slots(self.arena, self._frontiers)
+        self.opened = self._slots.generation
+        self.versions = np.zeros(slots, np.int64)  # grows when rows that a view saw go away
+        self._reclaim = _weak_reclaimer(self)
+        pool.reclaimers.append(self._reclaim)
+        self.closed = False
+
+    # ---- opening -------------------------------------------------------------------------------
+    def open(
+        self,
+        *,
+        slot: int | None = None,
+        tenant: object = None,
+        tokens: int = 0,
+        empty: bool = False,
+    ) -> Sequence:
+        """Open a sequence, adopting a parked slot that is still mapped if one fits.
+
+        Args:
+            slot: a particular slot.
+            tenant: whose bytes these are. What another tenant left in adopted pages is zeroed.
+            tokens: expected length; the smallest parked slot that holds it is adopted.
+            empty: prefer a slot with nothing mapped (its pages will be aliased).
+
+        Raises:
+            ClosedError: the cache is closed. OutOfRange: no slot is free, or ``slot`` is not.
+        """
+        self._check_open()
+        if slot is None:
+            slot = self._slots.choose(tokens, empty=empty)
+        elif not (0 <= slot < self.slots and self._slots.is_free(slot)):
+            raise OutOfRange(f"slot {slot} of {self.slots} is not free")
+        self._slots.take(slot, tenant)
+        return Sequence(self, slot, self._slots.tenant.item(slot))
+
+    def open_batch(self, count: int, *, tenant: object = None) -> list[Sequence]:
+        """Open ``count`` sequences in consecutive slots: their views are one tensor.
+
+        Raises:
+            OutOfRange: no such run of slots is free. Nothing was opened.
+        """
+        self._check_open()
+        return [self.open(slot=slot, tenant=tenant) for slot in self._slots.choose_run(count)]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """A handle for every open sequence, by slot."""
+        return [Sequence(self, s, self._slots.tenant.item(s)) for s in self._slots.open_slots()]
+
+    def batch(self, sequences: Seq[Sequence] | Batch) -> Batch:
+        """Sequences with their slots looked up and checked.
+
+        Raises:
+            ClosedError: one is closed. LayoutError: one is of another cache, or twice in the list.
+        """
+        if isinstance(sequences, Batch):
+            return sequences
+        many = list(sequences)
+        for sequence in many:
+            if sequence.cache is not self:
+                raise LayoutError(f"{sequence!r} belongs to another cache")
+            sequence.check_open()
+        slots = np.array([s.slot for s in many], np.int64)
+        if len(set(slots.tolist())) != len(many):
+            raise LayoutError(f"a sequence appears twice in the batch: slots {slots.tolist()}")
+        return batch_of(many, slots)
+
+    # ---- growing -------------------------------------------------------------------------------
+    def plan(
+        self, sequences: Seq[Sequence] | Batch, tokens: int | Ints = 1, *, ahead: bool = True
+    ) -> GrowPlan | None:
+        """Which pages ``tokens`` more tokens need (an int, or one per sequence); None for none.
+
+        Raises:
+            OutOfRange: a sequence would outgrow ``max_tokens``.
+        """
+        batch = sequences if isinstance(sequences, Batch) else self.batch(sequences)
+        return self._frontiers.plan(batch, tokens, ahead=ahead)
+
+    def extend(self, sequences: Seq[Sequence] | Batch, tokens: int | Ints = 1) -> None:
+        """Map pages for ``tokens`` more tokens of every sequence, or for none.
+
+        Raises:
+            OutOfPages: the budget does not cover it. OutOfRange: ``max_tokens`` exceeded.
+            MapLimitError, DriverError: the system refused. In every case nothing changed.
+        """
+        self._check_open()
+        self._frontiers.extend(self.batch(sequences), tokens)
+
+    def append(
+        self,
+        layer: int,
+        k: Tensor,
+        v: Tensor,
+        sequences: Seq[Sequence] | Batch,
+        counts: Seq[int] | None = None,
+    ) -> None:
+        """Write new rows of one layer behind the old ones; maps pages where `extend` did not.
+
+        Args:
+            layer: which layer; shared layers write where the layer map says.
+            k, v: [batch, kv_heads, n, head_dim], of the cache's dtype; or, with ``counts``,
+                [kv_heads, sum(counts), head_dim], sequence after sequence.
+            sequences: the batch, in the order of the rows.
+            counts: tokens of each sequence, for a ragged batch.
+
+        Raises:
+            LayoutError: wrong layer, shape, dtype or device. OutOfPages, OutOfRange,
+            MapLimitError, DriverError: as `extend`. The cache is as before.
+        """
+        self._check_open()
+        physical = self.layout.physical(layer)
+        batch = sequences if isinstance(sequences, Batch) else self.batch(sequences)
+        lengths = self.lengths[batch.slots, physical]
+        if counts is None:
+            count = k.shape[-2] if k.dim() > 1 else 0
+            self._rows.check(k, v, (len(batch.slots), self.layout.kv_heads, count))
+            self._frontiers.make_writable(batch, lengths, count)
+            self._rows.write(physical, batch, lengths, k, v)
+            self._frontiers.add(batch, physical, lengths + count)
+            return
+        many = np.asarray(counts, np.int64)
+        if len(many) != len(batch.slots) or int(many.min(initial=0)) < 0:
+            raise LayoutError(f"counts must be {len(batch.slots)} ints >= 0, got {list(counts)}")
+        self._rows.check(k, v, (self.layout.kv_heads, int(many.sum())))
+        self._frontiers.make_writable(batch, lengths, many)
+        at = 0
+        for i, count in enumerate(many.tolist()):
+            one = batch_of([batch.sequences[i]], batch.slots[i : i + 1])
+            rows = slice(at, at + count)
+            self._rows.write(physical, one, lengths[i : i + 1], k[None, :, rows], v[None, :, rows])
+            at += count
+        self._frontiers.add(batch, physical, lengths + many)
+
+    # ---- looking -------------------------------------------------------------------------------
+    def view(self, sequences: Seq[Sequence]) -> View:
+        """What kernels see of these sequences at their present lengths; zero-copy."""
+        return View(self, self.batch(sequences).sequences)
+
+    def static_view(self, sequences: Seq[Sequence]) -> View:
+        """All ``max_tokens`` rows of consecutive sequences, unmapped ones reading as zeros.
+
+        Raises:
+            LayoutError: the cache is not zero-backed, or the slots are not consecutive.
+        """
+        batch = self.batch(sequences)
+        if not (self.arena.zero_backed and batch.consecutive):
+            raise LayoutError("static_view needs KVCache(zero_backed=True) and consecutive slots")
+        return View(self, batch.sequences, static=True)
+
+    def tensor(
+        self,
+        slots: list[int],
+        layer: int,
+        side: int,
+        *,
+        span: tuple[int, int] | None = None,
+        static: bool = False,
+    ) -> Tensor:
+        """K (0) or V (1) of one layer of consecutive slots, [batch, kv_heads, tokens, head_dim].
+
+        The tokens are ``span``; by default those that are live in the first slot.
+        """
+        physical = self.layout.physical(layer)
+        if static:
+            start, end = 0, self.layout.max_tokens
+        elif span is None:
+            start = self.starts.item(slots[0], physical)
+            end = self.lengths.item(slots[0], physical)
+        else:
+            start, end = span
+        return self._rows.tensor(slots[0], slots[-1] + 1, physical, side, start, end)
+
+    # ---- shrinking and sharing -------------------------------------------------------------------
+    def truncate(self, sequence: Sequence, tokens: int, layer: int | None = None) -> None:
+        """Keep the first ``tokens`` tokens (speculative rollback), in every layer or in one. Pages
+        stay mapped. To 0 tokens is always possible: what a window released is mapped again.
+
+        Raises:
+            OutOfRange: negative, more than there are, or before what a window released.
+            OutOfPages, MapLimitError, DriverError: nothing changed.
+        """
+        slot = self._slot(sequence)
+        self._frontiers.truncate(sequence, self._which(layer), tokens)
+        self.versions[slot] += 1
+
+    def commit(
+        self, sequences: Seq[Sequence] | Batch, tokens: int, layer: int | None = None
+    ) -> None:
+        """Count ``tokens`` more rows, of every layer or of one, that were written through a view
+        after `extend` (by a compiled graph, say).
+
+        Raises:
+            OutOfRange: the rows are not mapped: call `extend` first.
+        """
+        self._frontiers.commit(self.batch(sequences).slots, self._which(layer), tokens)
+
+    def release_before(self, sequence: Sequence, layer: int, token: int) -> None:
+        """Tokens before ``token`` of this layer will not be read again (sliding window). Whole
+        pages go back at a later `advance`, never under a live view.
+
+        Raises:
+            OutOfRange: ``token`` is beyond the layer's length.
+        """
+        slot = self._slot(sequence)
+        physical = self.layout.physical(layer)
+        if token > self.lengths[slot, physical]:
+            raise OutOfRange(
+                f"layer {layer} holds {self.lengths[slot, physical]} tokens, not {token}"
+            )
+        if token > self.starts[slot, physical]:
+            self.starts[slot, physical] = token
+            self._slots.mark(slot)
+
+    def fork(self, sequence: Sequence, tokens: int | None = None) -> Sequence:
+        """A new sequence that begins with the first ``tokens`` tokens (all by default) of another:
+        whole pages are the same physical pages, a partly filled tail page is copied.
+
+        Raises:
+            PrefixError: longer than the donor, or before what its window released.
+            OutOfPages, OutOfRange, MapLimitError, DriverError: nothing changed.
+        """
+        source = self._slot(sequence)
+        tokens = int(self.tokens[source]) if tokens is None else tokens
+        if not int(self.starts[source].max()) <= tokens <= int(self.tokens[source]):
+            raise PrefixError(
+                f"a prefix of {tokens} tokens is wanted; slot {source} holds "
+                f"{int(self.starts[source].max())}..{int(self.tokens[source])}"
+            )
+        child = self.open(empty=True, tenant=self._slots.tenant_of(source))
+        try:
+            self._alias(sequence, child, tokens)
+        except BaseException:
+            self._slots.discard(child.slot)
+            raise
+        return child
+
+    def select(self, sequences: Seq[Sequence], order: Seq[int]) -> list[Sequence]:
+        """New consecutive sequences, the i-th a fork of ``sequences[order[i]]``; the old stay open.
+
+        Raises:
+            PrefixError: an index is out of range. Otherwise as `fork`; nothing changed.
+        """
+        many = self.batch(sequences).sequences
+        if any(not 0 <= i < len(many) for i in order):
+            raise PrefixError(f"order {list(order)} has indices outside of 0..{len(many) - 1}")
+        children = self.open_batch(len(order), tenant=self._slots.tenant_of(many[0].slot))
+        try:
+            for child, i in zip(children, order, strict=True):
+                self._alias(many[i], child, int(self.tokens[many[i].slot]))
+        except BaseException:
+            for child in children:
+                self._slots.discard(child.slot)
+            raise
+        return children
+
+    def reorder(self, sequences: Seq[Sequence] | Batch, order: Seq[int]) -> None:
+        """In place: ``sequences[i]`` gets what ``sequences[order[i]]`` holds (beam search). Pages
+        are remapped, only partly filled tails are copied.
+
+        Raises:
+            PrefixError: ``order`` is not one index per sequence. Otherwise as `fork`.
+        """
+        batch = self.batch(sequences)
+        source = np.asarray(order, np.int64)
+        if len(source) != len(batch.slots) or source.min() < 0 or source.max() >= len(source):
+            raise PrefixError(f"order must be {len(batch.slots)} indices, got {list(order)}")
+        if bool((source == np.arange(len(source))).all()):
+            return
+        slots = batch.slots
+        full, tail = np.divmod(self.tokens[slots] * self.layout.row_bytes, self.layout.page)
+        self.arena.permute(slots, source, full, tail, tenant=batch.sequences[0].tenant)
+        self._frontiers.permute(slots, source)
+        self.versions[slots] += 1
+
+    # ---- closing -------------------------------------------------------------------------------
+    def close_sequence(self, sequence: Sequence) -> None:
+        """End a sequence. Its slot stays mapped for the next one to adopt; pages that other
+        sequences share are let go.
+
+        Raises:
+            ClosedError: it is closed already.
+        """
+        slot = self._slot(sequence)
+        self.versions[slot] += 1
+        self._slots.close(slot)
+
+    def advance(self) -> None:
+        """Step boundary: pages released a step ago are unmapped, quarantined ones become free."""
+        self._slots.collect()
+        self.pool.advance()
+
+    def reclaim(self, pages: int) -> int:
+        """Unmap up to ``pages`` pages without a live token; returns how many went."""
+        return self._slots.reclaim(pages)
+
+    def trim(self) -> int:
+        """Give all memory without live tokens back to the system; returns bytes."""
+        before = self.pool.created
+        self.reclaim(self.pool.mapped)
+        self.advance()
+        self.pool.trim()
+        return (before - self.pool.created) * self.layout.page
+
+    def stats(self) -> Usage:
+        """Bytes reserved, mapped, used, retained, wasted and pending; pages, maps and calls."""
+        return measure(self)
+
+    def close(self) -> None:
+        """Close every sequence and give everything back; what a live view still shows stays mapped
+        until that view dies. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self.pool.reclaimers.remove(self._reclaim)
+        self.arena.close()
+        if self._own_pool:
+            self.pool.close()
+
+    def __enter__(self) -> KVCache:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Assert every law of cache, arena and pool. For tests."""
+        if self.closed:
+            return
+        self.arena.check()
+        self.pool.check()
+        self._frontiers.check(self.opened % 2 == 1)
+
+    # ---- inside --------------------------------------------------------------------------------
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("the cache is closed")
+
+    def _slot(self, sequence: Sequence) -> int:
+        """The slot of one open sequence of this cache."""
+        if sequence.cache is not self:
+            raise LayoutError(f"{sequence!r} belongs to another cache")
+        sequence.check_open()
+        return sequence.slot
+
+    def _alias(self, source: Sequence, target: Sequence, tokens: int) -> None:
+        full, tail = self.layout.split(tokens)
+        if full or tail:
+            self.arena.alias(source.slot, target.slot, full, tail, tenant=source.tenant)
+        self._frontiers.copy(source.slot, target.slot, tokens)
+
+    def _which(self, layer: int | None) -> slice:
+        """One physical layer, or all."""
+        if layer is None:
+            return slice(None)
+        physical = self.layout.physical(layer)
+        return slice(physical, physical + 1)
+
+
+def _weak_reclaimer(cache: KVCache):  # type: ignore[no-untyped-def]
+    """The pool may ask the cache for pages, but must not keep it alive."""
+    ref = weakref.ref(cache)
+
+    def reclaim(pages: int) -> None:
+        alive = ref()
+        if alive is not None:
+            alive.reclaim(pages)
+
+    return reclaim

@@ -1,0 +1,347 @@
+"""Generate text with a local transformers model and a cache of choice, and measure both.
+
+The network is never touched: models come from a directory, and a missing one is a `ModelError`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vattn.allocator.errors import VattnError
+from vattn.report import Timing
+from vattn.shape import ConfigError, ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED_MODEL = ASSETS / "model"
+SHIPPED_TEXT = ASSETS / "texts" / "persuasion.txt"
+CACHES = ("vattn", "dynamic", "static")
+ATTENTIONS = ("vattn", "sdpa", "eager")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+# Points of the memory curve kept per run: enough for a picture, too few to slow the run down.
+_SAMPLES = 256
+# A character has at most this many byte tokens: what is no character by then is shown as it is.
+_MOST_HELD = 4
+
+
+class ModelError(VattnError, FileNotFoundError):
+    """A model directory is missing or holds no usable model."""
+
+
+class RequestError(VattnError, ValueError):
+    """A generation was asked for with options that do not go together."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation: what to run, on what, and how."""
+
+    model: Path = SHIPPED_MODEL
+    prompts: tuple[str, ...] = ()
+    batch: int = 1
+    new_tokens: int = 256
+    context: int | None = None
+    cache: str = "vattn"
+    attention: str = "vattn"
+    dtype: str = "auto"
+    page_bytes: int | None = None
+    rows: str | None = None
+    budget_bytes: int | None = None
+    seed: int = 0
+    temperature: float = 0.0
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("cache", self.cache, CACHES),
+            ("attn", self.attention, ATTENTIONS),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            if value not in choices:
+                raise RequestError(f"--{name} is one of {', '.join(choices)}, got {value!r}")
+        for name, number in (("batch", self.batch), ("max-new-tokens", self.new_tokens)):
+            if number < 1:
+                raise RequestError(f"--{name} must be at least 1, got {number}")
+        if self.batch < len(self.prompts):
+            raise RequestError(
+                f"--batch {self.batch} leaves out some of the {len(self.prompts)} prompts"
+            )
+        if self.context is not None and self.context < 1:
+            raise RequestError(f"--context must be at least 1 token, got {self.context}")
+        if self.temperature < 0:
+            raise RequestError(f"--temperature must not be negative, got {self.temperature}")
+
+
+@dataclass
+class Run:
+    """What one generation gave: tokens ``[batch, new]``, times, the memory curve and the cache."""
+
+    tokens: torch.Tensor
+    timing: Timing
+    curve: list[tuple[int, int, int]]
+    peak_bytes: int
+    cache: Any
+
+
+@dataclass
+class Watch:
+    """A streamer: times the steps, passes the first sequence's text on, samples the memory.
+
+    The clock stops while text is printed and memory is sampled, so that neither counts.
+    """
+
+    on_text: Callable[[str], None]
+    on_step: Callable[[int], None]
+    decode: Callable[[Sequence[int]], str]
+    cache: Any
+    curve_every: int | None
+    peak_bytes: int = 0
+    times: list[float] = field(default_factory=list)
+    curve: list[tuple[int, int, int]] = field(default_factory=list)
+    _line: list[int] = field(default_factory=list)
+    _shown: int = 0
+    _held: int = 0
+    _prompt: int = 0
+    _started: float = 0.0
+
+    def put(self, tokens: Any) -> None:
+        """Called by ``generate``: first with the prompt, then with the tokens of each step."""
+        now = time.perf_counter()
+        if not self._prompt:
+            self._prompt = tokens.shape[-1]
+        else:
+            self.times.append(now - self._started)
+            self._line.append(int(tokens.reshape(-1)[0]))
+            self._emit()
+            step = len(self.times)
+            self.peak_bytes = max(self.peak_bytes, footprint(self.cache))
+            if self.curve_every and step % self.curve_every == 0:
+                self.curve.append((self._prompt + step - 1, *held(self.cache)))
+            self.on_step(step)
+        self._started = time.perf_counter()
+
+    def end(self) -> None:
+        """Called by ``generate`` after the last token."""
+        self._emit(last=True)
+
+    def _emit(self, *, last: bool = False) -> None:
+        """Pass on what is new in this line; some tokenizers need a line's start to decode it."""
+        text = self.decode(self._line)
+        self._held = self._held + 1 if text.endswith("\ufffd") and not last else 0
+        if 0 < self._held < _MOST_HELD:
+            return  # the middle of a character: wait for its other bytes
+        self.on_text(text[self._shown :])
+        self._shown, self._held = len(text), 0
+        if text.endswith("\n"):
+            self._line.clear()
+            self._shown = 0
+
+
+class Generator:
+    """A loaded model and its tokenizer, ready to run a `Request` with any cache.
+
+    Raises:
+        ModelError: the directory is missing, or holds no model or tokenizer that can be read.
+    """
+
+    def __init__(self, request: Request) -> None:
+        _require_model(request.model)
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        from vattn import hf
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        hf.register()
+        self.request = request
+        dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(request.model, local_files_only=True)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                request.model,
+                local_files_only=True,
+                dtype=dtype,
+                attn_implementation=request.attention,
+            ).eval()
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(
+                f"cannot load a model from {request.model}: {str(error).splitlines()[0]}"
+            ) from error
+        dtype_name = str(self.model.dtype).removeprefix("torch.")
+        self.shape = ModelShape.from_config(self.model.config.to_dict(), dtype=dtype_name)
+        self.ids, self.mask = self._prompt()
+        if request.cache == "vattn":
+            self._check_layout()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.ids.shape[1])
+
+    @property
+    def room(self) -> int:
+        """Tokens that each sequence may reach."""
+        return self.prompt_tokens + self.request.new_tokens
+
+    def run(
+        self,
+        cache: str,
+        *,
+        on_text: Callable[[str], None] = lambda text: None,
+        on_step: Callable[[int], None] = lambda step: None,
+        curve: bool = False,
+    ) -> Run:
+        """Generate once with the named cache; the seed is set first, so that runs compare.
+
+        With ``curve`` the memory is sampled as it grows.
+        """
+        import torch
+
+        request = self.request
+        store = self._open(cache)
+        every = max(1, request.new_tokens // _SAMPLES) if curve else None
+        watch = Watch(on_text, on_step, self._decode, store, every)
+        sampling = {"do_sample": True, "temperature": request.temperature}
+        torch.manual_seed(request.seed)
+        with torch.inference_mode():
+            self.model(self.ids[:, :1], use_cache=False)  # warm up: page in the weights
+            output = self.model.generate(
+                self.ids,
+                attention_mask=self.mask,
+                past_key_values=store,
+                max_new_tokens=request.new_tokens,
+                pad_token_id=self._pad(),
+                streamer=watch,
+                **(sampling if request.temperature else {"do_sample": False}),
+            )
+        timing = Timing(watch.times[0], tuple(watch.times[1:]), request.batch)
+        return Run(output[:, self.prompt_tokens :], timing, watch.curve, watch.peak_bytes, store)
+
+    def text(self, run: Run, row: int = 0) -> str:
+        return self._decode(run.tokens[row].tolist())
+
+    def decode_prompt(self) -> str:
+        """The first prompt as the model sees it."""
+        return self._decode(self.ids[0][self.mask[0].bool()].tolist())
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _pad(self) -> int:
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def _prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask ``[batch, n]``, shorter prompts padded on the left."""
+        import torch
+
+        request = self.request
+        texts = request.prompts or (SHIPPED_TEXT.read_text(encoding="utf-8"),)
+        rows = [self.tokenizer(text)["input_ids"] for text in texts]
+        if not all(rows):
+            raise RequestError("the prompt has no tokens; pass some text")
+        rows = [list(rows[i % len(rows)]) for i in range(request.batch)]
+        if request.context is not None:
+            rows = [_fit(row, request.context) for row in rows]
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._pad())
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, longest - len(row) :] = torch.tensor(row)
+            mask[i, longest - len(row) :] = 1
+        return ids, mask
+
+    def _check_layout(self) -> None:
+        """Find out now, not at the first token, whether the pages and rows asked for exist.
+
+        Raises:
+            LayoutError: they do not; the message names the field.
+        """
+        from vattn.layout import Layout
+
+        shape = self.shape
+        layout = Layout(shape.layers, shape.kv_heads, shape.head_dim, self.room, shape.dtype)
+        asked = {"page_bytes": self.request.page_bytes, "rows": self.request.rows}
+        layout.with_(**{name: value for name, value in asked.items() if value is not None})
+
+    def _open(self, cache: str) -> Any:
+        from transformers import DynamicCache, StaticCache
+
+        config, request = self.model.config, self.request
+        if cache == "dynamic":
+            return DynamicCache(config=config)
+        if cache == "static":
+            return StaticCache(config=config, max_cache_len=self.room)
+        from vattn.hf import VattnCache
+
+        # Address space is free: reserve the model's whole context, whatever this request needs.
+        options: dict[str, Any] = {"max_tokens": max(self.room, self.shape.max_positions or 0)}
+        chosen = {
+            "page_bytes": request.page_bytes,
+            "rows": request.rows,
+            "budget_bytes": request.budget_bytes,
+            "trace": request.trace or None,
+        }
+        options.update({name: value for name, value in chosen.items() if value is not None})
+        return VattnCache(config, **options)
+
+
+def footprint(cache: Any) -> int:
+    """Bytes of pages that exist now, quarantined and warm ones included; 0 for other caches."""
+    kv = getattr(cache, "kv", None)
+    return 0 if kv is None else kv.pool.created * kv.layout.page
+
+
+def held(cache: Any) -> tuple[int, int]:
+    """Bytes that a transformers cache holds now: ``(mapped, used)``."""
+    if getattr(cache, "kv", None) is not None:
+        stats = cache.kv.stats()
+        return stats.mapped_bytes, stats.used_bytes
+    nbytes = sum(
+        tensor.untyped_storage().nbytes()
+        for layer in cache.layers
+        if layer.is_initialized
+        for tensor in (layer.keys, layer.values)
+    )
+    return nbytes, nbytes
+
+
+def same_tokens(a: torch.Tensor, b: torch.Tensor) -> tuple[int, int]:
+    """How many tokens of two outputs are equal, out of how many."""
+    short = min(a.shape[1], b.shape[1])
+    return int((a[:, :short] == b[:, :short]).sum()), max(a.numel(), b.numel())
+
+
+def without_text(request: Request) -> dict[str, Any]:
+    """The request as it goes into a report: the prompts are left out."""
+    plain = {name: getattr(request, name) for name in request.__dataclass_fields__}
+    del plain["prompts"], plain["trace"]
+    return {**plain, "model": str(request.model)}
+
+
+def _fit(tokens: list[int], count: int) -> list[int]:
+    """Repeat or cut to ``count`` tokens."""
+    return (tokens * (count // len(tokens) + 1))[:count]
+
+
+def _require_model(path: Path) -> None:
+    if not path.is_dir():
+        raise ModelError(
+            f"model directory {path} does not exist. Pass --model DIR with a local transformers "
+            "model (config.json, model.safetensors, tokenizer files); nothing is downloaded."
+        )
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model directory {path} holds no config.json, so it is no model")
+    try:
+        ModelShape.from_file(path)
+    except ConfigError as error:
+        raise ModelError(f"model directory {path}: {error}") from error

@@ -1,0 +1,243 @@
+"""vattn in Hugging Face transformers (5.16 to 5.23).
+
+    vattn.hf.register()                                 the attention named "vattn" and its mask
+    model.set_attn_implementation("vattn")
+
+    cache = vattn.hf.VattnCache(model.config)           a Cache whose layers are views
+    model.generate(**inputs, past_key_values=cache)     into one KVCache
+
+    with vattn.hf.enable(max_tokens=8192):              every DynamicCache(config=...) made in
+        model.generate(**inputs)                        here is ours; no other change
+
+Importing this module registers and replaces nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    get_layer_types_and_kwargs,
+)
+
+from vattn.cache import KVCache
+from vattn.hf_attention import UnsupportedError, attention, register
+from vattn.hf_layers import VattnLayer, VattnSlidingLayer
+from vattn.hf_static import VattnStaticLayer
+from vattn.hf_store import CopyRefused, Options, Store
+from vattn.usage import Usage
+
+__all__ = [
+    "CopyRefused",
+    "UnsupportedError",
+    "VattnCache",
+    "VattnLayer",
+    "VattnSlidingLayer",
+    "VattnStaticCache",
+    "VattnStaticLayer",
+    "attention",
+    "enable",
+    "register",
+]
+
+# What these layers keep is the same in all three: chunked attention differs in its mask only.
+WINDOWED = ("sliding_attention", "chunked_attention")
+SERVED = ("full_attention", *WINDOWED)
+
+
+class VattnCache(DynamicCache):
+    """A transformers cache whose layers are views into one KVCache: no concatenation, no copy.
+
+    Tokens, masks and batch operations are those of `DynamicCache(config=config)`. Tensors handed
+    out are ordinary strided tensors; take them anew after an update, crop or reorder.
+    `copy.deepcopy(cache)` forks it (pages of a common prefix are shared), `del cache` gives all
+    pages back.
+
+    Args:
+        config: of the model; says which layers slide, and how many tokens there can be.
+        max_tokens: most tokens of a sequence; address space only. `config.max_position_embeddings`
+            by default.
+        rows: "head_major" or "token_major", see `vattn.Layout`.
+        group_layers, page_bytes: see `vattn.Layout`.
+        budget_bytes: most bytes of pages; 80% of the available memory by default.
+        slots: most sequences, deepcopies included; address space only. 64 or more by default.
+        trace: record every map and unmap.
+
+    Raises:
+        UnsupportedError: the model has layers that this cache does not hold.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_tokens: int | None = None,
+        *,
+        rows: str = "head_major",
+        group_layers: int = 1,
+        page_bytes: int | None = None,
+        budget_bytes: int | None = None,
+        slots: int | None = None,
+        trace: bool = False,
+    ) -> None:
+        self.store = Store(
+            Options(
+                _max_tokens(config, max_tokens),
+                rows=rows,
+                group_layers=group_layers,
+                page_bytes=page_bytes,
+                budget_bytes=budget_bytes,
+                slots=slots,
+                trace=trace,
+            )
+        )
+        layers = [_layer(self.store, kind, more) for kind, more in _kinds(config)]
+        # Not DynamicCache's: it makes its own layers.
+        Cache.__init__(self, layers=layers)
+
+    @property
+    def kv(self) -> KVCache | None:
+        """The KVCache behind the layers; None before the first tokens."""
+        return self.store.kv
+
+    def stats(self) -> Usage:
+        """Bytes reserved, mapped, used and wasted. Raises ClosedError before the first tokens."""
+        return self.store.cache.stats()
+
+
+class VattnStaticCache(Cache):
+    """The compileable variant: static shapes [B, Hkv, max_tokens, D], one graph for any length.
+
+    Rows without a page read as zeros (one shared zero page), so memory follows the tokens, not
+    `max_tokens`. Attention costs what a `StaticCache` of `max_tokens` costs: choose it per request.
+
+    Args: as `VattnCache`.
+
+    Raises:
+        UnsupportedError: the model has layers that this cache does not hold.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_tokens: int | None = None,
+        *,
+        rows: str = "head_major",
+        page_bytes: int | None = None,
+        budget_bytes: int | None = None,
+        slots: int | None = None,
+        trace: bool = False,
+    ) -> None:
+        self.store = Store(
+            Options(
+                _max_tokens(config, max_tokens),
+                rows=rows,
+                page_bytes=page_bytes,
+                budget_bytes=budget_bytes,
+                slots=slots,
+                trace=trace,
+                zero_backed=True,
+            )
+        )
+        layers = [
+            VattnStaticLayer(self.store) if kind in SERVED else _layer(self.store, kind, more)
+            for kind, more in _kinds(config)
+        ]
+        super().__init__(layers=layers)
+
+    @property
+    def kv(self) -> KVCache | None:
+        """The KVCache behind the layers; None before the first tokens."""
+        return self.store.kv
+
+    def stats(self) -> Usage:
+        """Bytes reserved, mapped, used and wasted. Raises ClosedError before the first tokens."""
+        return self.store.cache.stats()
+
+
+@contextmanager
+def enable(max_tokens: int, **options: Any) -> Iterator[None]:
+    """Make every `DynamicCache(config=...)` created inside ours; `generate` needs no change.
+
+    Works through transformers' own table of layer classes: full, sliding-window and chunked layers
+    are replaced, every other kind stays transformers'. The layers of one cache share one KVCache.
+    Leaving restores the table; caches made inside live on. Can be nested: the inner options hold.
+
+    Args:
+        max_tokens: most tokens of a sequence; address space only.
+        **options: rows, group_layers, page_bytes, budget_bytes, slots, trace, as `VattnCache`.
+    """
+    chosen = Options(max_tokens, **options)
+    before = {kind: DYNAMIC_LAYER_TYPE_MAPPING[kind] for kind in SERVED}
+    for kind in SERVED:
+        DYNAMIC_LAYER_TYPE_MAPPING[kind] = _maker(kind, chosen)
+    try:
+        yield
+    finally:
+        DYNAMIC_LAYER_TYPE_MAPPING.update(before)
+
+
+def _maker(kind: str, options: Options) -> Callable[..., VattnLayer]:
+    """A stand-in for a layer class in transformers' table."""
+
+    def make(**kwargs: Any) -> VattnLayer:
+        layer: VattnLayer = _layer(_store_of_caller(options), kind, kwargs)
+        return layer
+
+    return make
+
+
+def _store_of_caller(options: Options) -> Store:
+    """The store of the cache under construction, so that its layers share one KVCache.
+
+    The table's entries are called with the layer's arguments only, from `DynamicCache.__init__`
+    (from a comprehension in it): the cache is that frame's `self`. A layer made by anything else
+    gets a store of its own: the same results, with a range of its own.
+    """
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "<listcomp>" and frame.f_back is not None:
+        frame = frame.f_back
+    cache = frame.f_locals.get("self")
+    if not isinstance(cache, Cache):
+        return Store(options)
+    store: Store | None = cache.__dict__.get("store")
+    if store is None:
+        store = cache.store = Store(options)
+    return store
+
+
+def _max_tokens(config: PreTrainedConfig, max_tokens: int | None) -> int:
+    if max_tokens is not None:
+        return max_tokens
+    known = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if known is None:
+        raise UnsupportedError(
+            f"{type(config).__name__} has no max_position_embeddings: pass max_tokens"
+        )
+    return int(known)
+
+
+def _kinds(config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
+    """The kind of every layer and the arguments of its cache, in any supported transformers."""
+    kinds, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    if isinstance(kwargs, dict):  # one for all layers, until 5.18
+        kwargs = [kwargs] * len(kinds)
+    return list(zip(kinds, kwargs, strict=True))
+
+
+def _layer(store: Store, kind: str, kwargs: dict[str, Any]) -> Any:
+    if kind == "full_attention":
+        return VattnLayer(store)
+    if kind in WINDOWED:
+        return VattnSlidingLayer(store, sliding_window=kwargs["sliding_window"])
+    if kind == "dummy":  # holds nothing: a layer that reuses another's K and V, or has no attention
+        return DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
+    raise UnsupportedError(
+        f"layer type {kind!r} is not served by this cache (it holds {', '.join(SERVED)}); use "
+        "transformers' own DynamicCache for this model, or vattn.hf.enable(), which replaces the "
+        "attention layers only"
+    )

@@ -1,0 +1,70 @@
+"""Rows of K and V as torch tensors: where they are read and written."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from .allocator.arena import Arena
+from .batch import Batch, Ints
+from .layout import Layout, LayoutError
+from .tensor import DTYPES, Window
+
+
+class Rows:
+    """The rows of every slot of an arena, laid out by a layout."""
+
+    def __init__(self, layout: Layout, arena: Arena) -> None:
+        self.layout = layout
+        self.dtype = DTYPES[layout.dtype]
+        self._window = Window(arena, self.dtype)
+        # Looked up at every append of every layer.
+        self._offsets = [
+            (layout.offset(p, 0), layout.offset(p, 1)) for p in range(layout.physical_layers)
+        ]
+        self._strides = (layout.slot_bytes // layout.item_bytes, *layout.strides)
+
+    def tensor(
+        self, first: int, last: int, physical: int, side: int, start: int, end: int
+    ) -> Tensor:
+        """K (``side`` 0) or V (1) of tokens ``start .. end`` of slots ``first .. last``:
+        [slots, kv_heads, tokens, head_dim]. Keeps the slots mapped while it lives."""
+        shape = (last - first, self.layout.kv_heads, end - start, self.layout.head_dim)
+        offset = self._offset(first, physical, side, start)
+        return self._window.view((first, last), offset, shape, self._strides)
+
+    def write(self, physical: int, batch: Batch, lengths: Ints, k: Tensor, v: Tensor) -> None:
+        """Copy ``k``, ``v`` [batch, kv_heads, n, head_dim] behind ``lengths`` rows of each
+        sequence. Every page is mapped by now, so nothing can fail."""
+        count, first = k.shape[2], lengths.item(0)
+        if not count:
+            return
+        if batch.consecutive and not np.logical_or.reduce(lengths != first):
+            slot, slots = batch.slots.item(0), len(batch.slots)
+            self._access(slot, slots, physical, 0, first, count).copy_(k)
+            self._access(slot, slots, physical, 1, first, count).copy_(v)
+            return
+        for i, (slot, at) in enumerate(zip(batch.slots.tolist(), lengths.tolist(), strict=True)):
+            self._access(slot, 1, physical, 0, at, count).copy_(k[i : i + 1])
+            self._access(slot, 1, physical, 1, at, count).copy_(v[i : i + 1])
+
+    def check(self, k: Tensor, v: Tensor, lead: tuple[int, ...]) -> None:
+        """Raise `LayoutError` unless ``k`` and ``v`` are rows [*lead, head_dim] of this cache."""
+        shape = (*lead, self.layout.head_dim)
+        for name, rows in (("k", k), ("v", v)):
+            if rows.shape != shape:
+                raise LayoutError(f"{name} must have shape {shape}, got {tuple(rows.shape)}")
+            if rows.dtype is not self.dtype:
+                raise LayoutError(f"{name} must be {self.dtype}, got {rows.dtype}; cast it first")
+            if not rows.is_cpu:
+                raise LayoutError(f"{name} must be on the cpu, got {rows.device}")
+
+    def _access(
+        self, slot: int, slots: int, physical: int, side: int, start: int, count: int
+    ) -> Tensor:
+        shape = (slots, self.layout.kv_heads, count, self.layout.head_dim)
+        return self._window.access(self._offset(slot, physical, side, start), shape, self._strides)
+
+    def _offset(self, slot: int, physical: int, side: int, start: int) -> int:
+        inside = self._offsets[physical][side] + start * self.layout.row_bytes
+        return slot * self.layout.slot_bytes + inside

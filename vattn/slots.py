@@ -1,0 +1,160 @@
+"""Which slots of a cache are taken, which one the next sequence gets, and giving pages back.
+
+    EMPTY ──take──► OPEN ──close──► PARKED ──take──► OPEN          (adopted: still mapped)
+      ▲               │                │
+      │               └─close─► HELD   │      HELD: pages are shared, or wait for a view to die
+      └──────collect()───────────┴─────┘      reclaim(): a parked slot is needed elsewhere
+
+A parked slot with a live view is not handed out: its rows may not change under the view.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .allocator.arena import Arena
+from .allocator.errors import OutOfRange
+from .lengths import Lengths
+
+
+class Slots:
+    """The slots of an arena. ``generation[slot]`` is odd while the slot is open, and grows at every
+    opening and closing, so that a handle knows when it is out of date."""
+
+    def __init__(self, arena: Arena, lengths: Lengths) -> None:
+        self.arena, self.lengths, self.count = arena, lengths, arena.slots
+        self.generation = np.zeros(self.count, np.int64)
+        self.tenant = np.zeros(self.count, np.int64)
+        self._closed_at = np.zeros(self.count, np.int64)  # epoch
+        self._tenants: dict[object, int] = {None: 0}
+        # Ordered sets, the lowest slot last: popitem() is then the lowest, and costs nothing.
+        self._empty: dict[int, None] = dict.fromkeys(reversed(range(self.count)))
+        self._parked: dict[int, None] = {}  # longest parked first
+        self._dirty: set[int] = set()  # pages to give back at a step boundary
+
+    def is_open(self, slot: int) -> bool:
+        """Is a sequence in the slot?"""
+        return bool(self.generation.item(slot) & 1)
+
+    def open_slots(self) -> list[int]:
+        """Slots with a sequence, ascending."""
+        return np.flatnonzero(self.generation & 1).tolist()
+
+    def choose(self, tokens: int, *, empty: bool) -> int:
+        """The smallest parked slot with room for ``tokens`` tokens, else the roomiest one, else an
+        empty slot; with ``empty``, an empty slot first.
+
+        Raises:
+            OutOfRange: every slot is open, or seen by a live view.
+        """
+        if empty and self._empty:
+            return next(reversed(self._empty))
+        room = self.lengths.room
+        parked = [(room.item(slot), slot) for slot in self._parked if self.is_free(slot)]
+        if parked:
+            fitting = [entry for entry in parked if entry[0] >= tokens] if tokens else []
+            return min(fitting)[1] if fitting else max(parked, key=lambda e: (e[0], -e[1]))[1]
+        if self._empty:
+            return next(reversed(self._empty))
+        raise OutOfRange(
+            f"all {self.count} slots are open or still seen by a view; close sequences or make the "
+            "cache with more slots (they cost address space only)"
+        )
+
+    def choose_run(self, length: int) -> range:
+        """The first ``length`` consecutive slots that are free.
+
+        Raises:
+            OutOfRange: there is no such run.
+        """
+        run = 0
+        for slot in range(self.count):
+            run = run + 1 if self.is_free(slot) else 0
+            if run == length:
+                return range(slot - length + 1, slot + 1)
+        raise OutOfRange(
+            f"no {length} consecutive slots are free of {self.count}; close sequences or make the "
+            "cache with more slots (they cost address space only)"
+        )
+
+    def is_free(self, slot: int) -> bool:
+        """May the slot be taken now?"""
+        return slot in self._empty or (slot in self._parked and not self.arena.pins.item(slot))
+
+    # ---- opening -----------------------------------------------------------------------------
+    def take(self, slot: int, tenant: object) -> None:
+        """Open a free slot for a tenant: no gap in front, no other tenant's bytes."""
+        owner = self._tenants.setdefault(tenant, len(self._tenants))
+        if slot in self._parked:
+            if self.arena.first[slot].any():
+                self.arena.drop(slot)
+            elif len(self._tenants) > 1:
+                self.arena.retenant(slot, owner)
+            self.lengths.measure_one(slot)
+            del self._parked[slot]
+        else:
+            del self._empty[slot]
+        self.tenant[slot] = owner
+        self.generation[slot] += 1
+
+    def tenant_of(self, slot: int) -> object:
+        """The tenant that an open slot was taken for."""
+        owner = self.tenant.item(slot)
+        return next(key for key, value in self._tenants.items() if value == owner)
+
+    # ---- closing -----------------------------------------------------------------------------
+    def close(self, slot: int) -> None:
+        """Park an open slot, still mapped; let go of pages that other slots share."""
+        self.generation[slot] += 1
+        self.lengths.clear(slot)
+        self._closed_at[slot] = self.arena.pool.quarantine.epoch
+        if self.arena.shared_to.item(slot) or slot in self._dirty:
+            self._dirty.add(slot)
+            self.collect(slot)
+        elif self.lengths.room.item(slot):
+            self._parked[slot] = None
+        else:
+            self._empty[slot] = None
+
+    def discard(self, slot: int) -> None:
+        """Close a slot that nobody has seen: its pages need no quarantine."""
+        self.arena.drop(slot, quiesced=True)
+        self.lengths.room[slot] = 0
+        self.close(slot)
+        self.arena.pool.drain()
+
+    # ---- giving back -------------------------------------------------------------------------
+    def mark(self, slot: int) -> None:
+        """The slot has pages to give back at a later step boundary."""
+        self._dirty.add(slot)
+
+    def collect(self, slot: int | None = None) -> None:
+        """Give back what a slot, or every marked one, does not need and no view looks at."""
+        for dirty in list(self._dirty) if slot is None else [slot]:
+            if self.arena.pins.item(dirty):
+                continue
+            self._dirty.discard(dirty)
+            if self.is_open(dirty):
+                first = self.lengths.first_pages(dirty)
+                self.arena.trim(dirty, first, self.arena.last[dirty])
+            else:
+                self.arena.drop(dirty)
+                self.lengths.room[dirty] = 0
+                self._empty[dirty] = None
+
+    def reclaim(self, pages: int) -> int:
+        """Unmap up to ``pages`` pages without a live token, parked slots first."""
+        gone, epoch = 0, self.arena.pool.quarantine.epoch
+        for slot in list(self._parked):
+            if gone < pages and not self.arena.pins[slot]:
+                gone += self.arena.drop(slot, quiesced=bool(self._closed_at[slot] < epoch))
+                self.lengths.room[slot] = 0
+                del self._parked[slot]
+                self._empty[slot] = None
+        for slot in self.open_slots():
+            if gone < pages and not self.arena.pins[slot]:
+                keep = self.lengths.layout.pages(self.lengths.tokens.item(slot))
+                gone += self.arena.trim(slot, 0, keep)
+                self.lengths.measure_one(slot)
+        self.arena.pool.drain()
+        return gone
