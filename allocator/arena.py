@@ -23,7 +23,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from .errors import ClosedError, DriverError, OutOfRange, PageStateError
+from .errors import ClosedError, DriverError, OutOfRange, PageStateError, ReserveError
 from .frontiers import Frontiers, GrowPlan, join
 from .laws import check_arena
 from .lease import Lease
@@ -32,6 +32,7 @@ from .quarantine import PageIds
 from .record import NONE, Ints, Record
 from .table import MIXED
 
+MAX_RESERVE_BYTES = 1 << 47  # what x86-64 and AArch64 Linux give a process
 WARM_MAPS = 16384  # kernel maps of an arena from which on it prefers order to warmth
 
 
@@ -52,6 +53,12 @@ class Arena(Frontiers):
     def __init__(
         self, pool: Pool, *, slots: int, lanes: int, lane_pages: int, zero_backed: bool = False
     ) -> None:
+        nbytes = slots * lanes * lane_pages * pool.page_bytes
+        if nbytes > MAX_RESERVE_BYTES:
+            raise ReserveError(
+                f"{nbytes} bytes of address space wanted, a process has {MAX_RESERVE_BYTES}: use "
+                "fewer slots or a smaller max_tokens"
+            )
         super().__init__(slots, lanes, lane_pages)
         self.pool, self.backend, self.page_bytes = pool, pool.backend, pool.page_bytes
         self.turn = pool.turn
@@ -76,8 +83,11 @@ class Arena(Frontiers):
         return self.record.maps
 
     # ---- growing -----------------------------------------------------------------------------
-    def grow(self, plan: GrowPlan, *, tenant: int = 0) -> None:
+    def grow(self, plan: GrowPlan, *, tenant: int | Ints = 0) -> None:
         """Map what a plan names; a plan that went out of date is made anew. All or nothing.
+
+        Args:
+            tenant: of all the pages, or one for each slot of the arena.
 
         Raises:
             OutOfPages, MapLimitError, DriverError, PageStateError (a slot is named twice): nothing
@@ -92,6 +102,8 @@ class Arena(Frontiers):
                 if again is None:
                     return
                 plan = again
+            if not isinstance(tenant, int):
+                tenant = tenant[plan.pages // self.slot_pages]
             self._install(NONE, NONE, plan.pages, NONE, 0, tenant)
             self.last[plan.slots] = np.maximum(self.last[plan.slots], plan.to[:, None])
 
@@ -326,7 +338,7 @@ class Arena(Frontiers):
     def __del__(self) -> None:
         if not getattr(self, "_torn_down", True):
             self.closed = True
-            self.turn.soon(self.settle)
+            self.turn.soon(self.settle_quietly)
 
     def check(self) -> None:
         """Assert every law, see `laws.check_arena`. For tests; costs a scan."""
@@ -335,7 +347,7 @@ class Arena(Frontiers):
     # ---- inside ------------------------------------------------------------------------------
     def _check_open(self) -> None:
         if self.closed:
-            raise ClosedError("the arena is closed")
+            raise ClosedError("the arena is closed; make a new one")
 
     def _install(
         self,
@@ -344,7 +356,7 @@ class Arena(Frontiers):
         fresh: Ints,
         copies: PageIds,
         nbytes: int,
-        tenant: int,
+        tenant: int | Ints,
         drop: Ints = NONE,
     ) -> None:
         """Alias ``ids`` at ``pages``, map new pages at ``fresh``, each a copy of the first
@@ -366,9 +378,10 @@ class Arena(Frontiers):
                 self.record.change(where, old)
                 raise
         except BaseException:
-            self.pool.untake(taken)
+            self.pool.untake(taken, written=len(copies) > 0)
             raise
-        self.pool.mix(ids, tenant)
+        if len(ids):
+            self.pool.mix(ids, tenant)
         if len(copies):  # a copy of another tenant's bytes is no more this one's than they are
             self.pool.assign(taken.ids[self.pool.owners(copies) != tenant], MIXED)
         self.pool.give(old[old > 0] - 1)

@@ -34,17 +34,15 @@ def check_pool(pool: Pool) -> None:
 
 def check_arena(arena: Arena) -> None:
     """Frontiers, record, references and map count agree."""
-    mapped = np.zeros(arena.pages, bool)
-    for slot in range(arena.slots):
-        mapped[arena.mapped(slot)] = True
-    assert bool((mapped == (arena.entry != 0)).all()), "first/last agree with the record"
+    page = np.arange(arena.lane_pages)
+    inside = (page >= arena.first[..., None]) & (page < arena.last[..., None])
+    mapped = np.flatnonzero(inside)
+    assert bool((inside.ravel() == (arena.entry != 0)).all()), "first/last agree with the record"
     assert bool((arena.first >= 0).all()), "a frontier below the lane"
     assert bool((arena.first <= arena.last).all()), "a lane ends before it begins"
-    ids, counts = np.unique(arena.entry[mapped] - 1, return_counts=True)
+    ids, counts = np.unique(arena.ids(mapped), return_counts=True)
     assert bool((arena.pool.refs(ids) >= counts).all()), "every mapping holds a reference"
+    many = mapped[arena.pool.refs(arena.ids(mapped)) > 1]
+    below = many % arena.lane_pages < arena.shared_to[many // arena.slot_pages]
+    assert bool(below.all()), "a page with other holders lies above shared_to"
     arena.record.check()
-    for slot in np.flatnonzero(mapped.reshape(arena.slots, -1).any(axis=1)).tolist():
-        pages = arena.mapped(slot)
-        index = pages % arena.lane_pages
-        many = arena.pool.refs(arena.ids(pages)) > 1
-        assert not many.any() or int(index[many].max()) < arena.shared_to[slot]

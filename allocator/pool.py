@@ -19,7 +19,7 @@ that the kernel merges maps; a warm page elsewhere is dearer in maps but cheaper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -60,6 +60,7 @@ class Pool:
         self.reclaimers: list[Callable[[int], None]] = []  # asked for pages before we refuse
         self.boundary: Callable[[], None] | None = None  # told of every step boundary
         self.table = PageTable()
+        self._tenants: dict[Hashable, int] = {None: 0}
         self._arenas = 0
         self._closing = False
         self.queue = WarmQueue(self.table)
@@ -119,7 +120,16 @@ class Pool:
                 reclaimer(n - self.free)
         return asked
 
-    def take(self, goals: PageIds, *, tenant: int = 0, use_warm: bool = True) -> Taken:
+    def tenant(self, name: Hashable) -> int:
+        """The number of a tenant: the same for all caches over this pool."""
+        return self._tenants.setdefault(name, len(self._tenants))
+
+    @property
+    def tenants(self) -> int:
+        """How many tenants have been seen."""
+        return len(self._tenants)
+
+    def take(self, goals: PageIds, *, tenant: int | PageIds = 0, use_warm: bool = True) -> Taken:
         """Hand out one page for each goal, each with one reference. All or nothing.
 
         A page gets its goal's own id if that is free; a warm page elsewhere instead of a cold goal
@@ -193,11 +203,13 @@ class Pool:
         """`share` for consecutive ids that the caller sees mapped."""
         self.table.refs[page : page + count] += 1
 
-    def untake(self, taken: Taken) -> None:
+    def untake(self, taken: Taken, *, written: bool = False) -> None:
         """Undo `take`: counts, states, references and owners are as they were; pages that had no
-        bytes have none again. (A page that the system will not destroy stays, warm, and is scrubbed
-        before anybody gets it.)"""
+        bytes have none again. What the system will not destroy stays warm. Such pages, and warm
+        ones that were ``written`` meanwhile, are scrubbed before anybody gets them."""
         before, owners = taken.before.copy(), taken.owners.copy()
+        if written:
+            owners[before == WARM] = MIXED
         cold = np.flatnonzero(before == FREE)
         done = 0
         for page, count in runs(taken.ids[cold]):
@@ -236,7 +248,7 @@ class Pool:
         """Hand mapped pages, scrubbed by the caller, to ``tenant``."""
         self.table.owner[ids] = tenant
 
-    def mix(self, ids: PageIds, tenant: int) -> None:
+    def mix(self, ids: PageIds, tenant: int | PageIds) -> None:
         """``tenant`` may write these pages, too: the next owner gets them scrubbed."""
         owner = self.table.owner[ids]
         self.table.owner[ids] = np.where(owner == tenant, owner, MIXED)

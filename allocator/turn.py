@@ -75,10 +75,12 @@ class Turn:
         self._lock.release()
         # Only now: work left by a destructor that found the lock taken is seen here or by a later
         # turn, never by nobody.
-        if self._after:
-            self._flush()
-        if handler is not None:
-            self._let_go(handler)
+        try:
+            if self._after:
+                self._flush()
+        finally:
+            if handler is not None:
+                self._let_go(handler)
 
     def soon(self, act: Callable[[], None]) -> None:
         """Do ``act`` now, or at the end of the running turn. For destructors: never waits."""
@@ -86,9 +88,11 @@ class Turn:
             return
         self._after.append(act)
         handler = self._hold() if get_ident() == main_thread() else None
-        self._flush()
-        if handler is not None:
-            self._let_go(handler)
+        try:
+            self._flush()
+        finally:
+            if handler is not None:
+                self._let_go(handler)
 
     def _flush(self) -> None:
         while self._after and self._lock.acquire(blocking=False):

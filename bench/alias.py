@@ -42,7 +42,7 @@ def run(bench: Bench) -> None:
     }
     for name, layout in layouts.items():
         for tail in (0, TAIL) if name == "all_layers" else (0,):
-            repeat = bench.pick(500, 50) if layout.lanes == 1 else bench.pick(20, 3)
+            repeat = bench.pick(500, 50) if layout.lanes == 1 else bench.pick(20, 2)
             bench.figure(
                 f"alias/{name}{'/tail' if tail else ''}",
                 partial(sharing, bench, layout, TOKENS + tail, repeat),
@@ -78,7 +78,7 @@ def sharing(bench: Bench, layout: Layout, tokens: int, repeat: int) -> Sample:
             cache.advance()
 
         return bench.measure(
-            lambda _: children.append(parent.share(tokens)), setup=clear, repeat=repeat
+            lambda _: children.append(parent.share(tokens)), setup=clear, warmup=1, repeat=repeat
         )
 
 

@@ -182,7 +182,9 @@ def attempt(replay: Replay) -> str:
 
 
 def count(cache: KVCache) -> None:
-    """Three ways to count the same bytes: page by page, by the pool, by the layout."""
+    """The laws of the pool, and three ways to count the same bytes: page by page, by the pool, by
+    the layout."""
+    cache.pool.check()
     usage = cache.stats()
     tokens = cache.tokens[[sequence.slot for sequence in cache.sequences]]
     layout = cache.layout

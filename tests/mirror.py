@@ -8,6 +8,8 @@ Words name their writer in the top byte, so a byte of another tenant is seen whe
 from __future__ import annotations
 
 import ctypes
+import gc
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -32,6 +34,12 @@ def maps_within(address: int, nbytes: int) -> int:
         low, high = (int(x, 16) for x in line.split(" ", 1)[0].split("-"))
         count += low < address + nbytes and high > address
     return count
+
+
+def open_things() -> tuple[list[str], int]:
+    """File descriptors and kernel maps of this process."""
+    gc.collect()
+    return sorted(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_bytes().count(b"\n")
 
 
 class Sheet:
@@ -62,9 +70,8 @@ class Sheet:
         self.known[:] = True
         words_at(address)[:] = self.words
 
-    def verify(self, address: int) -> None:
-        """What is read at an address is what was written, or nobody else's."""
-        real = words_at(address)
+    def verify(self, real: np.ndarray) -> None:
+        """What is read is what was written, or nobody else's."""
         if self.known.all():
             assert (real == self.words).all(), "a written word changed"
             return
@@ -84,6 +91,7 @@ class Mirror:
         self.first = [[0 for _ in shape[1]] for _ in shape[0]]
         self.tenant = [0 for _ in shape[0]]
         self.pins: Counter[int] = Counter()
+        self.words = words_at(arena.address, arena.pages * WORDS)  # the whole range, mapped or not
 
     # ---- looking -----------------------------------------------------------------------------
     def last(self, slot: int, lane: int) -> int:
@@ -110,7 +118,8 @@ class Mirror:
                 else:
                     assert real[0] == real[1]
                 for i, sheet in enumerate(sheets):
-                    sheet.verify(self.address(slot, lane, first + i))
+                    at = (self.address(slot, lane, first + i) - self.arena.address) // 8
+                    sheet.verify(self.words[at : at + WORDS])
             assert self.arena.pins[slot] == self.pins[slot]
 
     # ---- verbs -------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ class Rig(RuleBasedStateMachine):
             at = {arena.address + n * PAGE: int(arena.entry[n]) - 1 for n in number.tolist()}
             assert at.items() <= self.backend.at.items(), "the record is what is mapped"
         assert len(self.backend.at) == sum(len(i) for i in ids)
-        if done["operations"] % 8 == 0:
+        if done["operations"] % 32 == 0:
             for arena in self.arenas:
                 real = maps_within(arena.address, arena.pages * PAGE)
                 assert arena.maps == real, (arena.maps, real)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.arenas import fill, first_words, grow, ints, make, state_of
-from tests.mirror import PAGE, maps_within, words_at
+from tests.mirror import PAGE, maps_within, open_things, words_at
 from vattn.allocator.arena import Arena
 from vattn.allocator.checked import CheckedBackend
 from vattn.allocator.errors import (
@@ -136,7 +135,7 @@ def test_close_is_idempotent_and_use_after_close_is_typed() -> None:
 
 
 def test_close_leaves_no_descriptor_map_or_byte() -> None:
-    before = sorted(os.listdir("/proc/self/fd")), process_maps()
+    before = open_things()
     for _ in range(3):
         pool = Pool(HostBackend(PAGE), budget_bytes=100 * PAGE)
         arena = Arena(pool, slots=4, lanes=2, lane_pages=4)
@@ -149,7 +148,7 @@ def test_close_leaves_no_descriptor_map_or_byte() -> None:
         arena.close()
         assert pool.backend.resident_bytes() == 0
     del pool, arena
-    assert (sorted(os.listdir("/proc/self/fd")), process_maps()) == before
+    assert open_things() == before
 
 
 # ---- limits --------------------------------------------------------------------------------------
@@ -305,6 +304,22 @@ def test_a_failed_copy_leaves_no_bytes_for_others() -> None:
     assert backend.resident_bytes() == resident
     arena.grow_to(1, 2, tenant=2)
     assert first_words(arena, 1) == [0, 0]
+
+
+def test_a_failed_copy_into_a_warm_page_leaves_no_bytes_for_its_owner() -> None:
+    arena = make()
+    backend = arena.backend
+    assert isinstance(backend, CheckedBackend)
+    arena.grow_to(0, 2, tenant=1)
+    fill(arena, 0, 1 << 40)
+    arena.grow_to(1, 1, tenant=2)
+    arena.drop(1)
+    arena.pool.advance()  # one warm page of tenant 2
+    backend.fail_at = backend.count + 1  # duplicate, then the map
+    with pytest.raises(DriverError):
+        arena.alias(0, 1, 1, 512, tenant=1)
+    arena.grow_to(1, 1, tenant=2)
+    assert not words_at(arena.address + int(arena.mapped(1)[0]) * PAGE).any()
 
 
 def test_a_page_shared_across_tenants_is_scrubbed_before_anybody_gets_it() -> None:

@@ -8,46 +8,14 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.caches import DIM, HEADS, LAYERS, LAYOUTS, assert_same, fill, layout_of, rows, state
 from vattn.allocator.checked import CheckedBackend
 from vattn.allocator.errors import ClosedError, DriverError, OutOfPages, OutOfRange
 from vattn.allocator.host import HostBackend
 from vattn.allocator.pool import Pool
 from vattn.cache import KVCache, PrefixError
-from vattn.layout import Layout, LayoutError
-
-LAYERS, HEADS, DIM = 3, 2, 16
-LAYOUTS = {
-    "per_layer": {},
-    "token_major": {"rows": "token_major"},
-    "grouped": {"group_layers": 2},
-    "all_layers": {"rows": "token_major", "group_layers": 3},
-    "shared_layers": {"layer_map": (0, 1, 0)},
-}
-
-
-def layout_of(name: str, max_tokens: int = 400, dtype: str = "float32") -> Layout:
-    return Layout(LAYERS, HEADS, DIM, max_tokens, dtype=dtype, page_bytes=4096, **LAYOUTS[name])
-
-
-def rows(rng: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, DIM, generator=rng)
-
-
-def fill(cache: KVCache, sequences, tokens: int, rng: torch.Generator) -> list[torch.Tensor]:
-    """Append to every physical layer; returns K and V by physical layer."""
-    out = []
-    for physical in range(cache.layout.physical_layers):
-        k, v = rows(rng, len(sequences), HEADS, tokens), rows(rng, len(sequences), HEADS, tokens)
-        layer = (
-            physical if cache.layout.layer_map is None else cache.layout.layer_map.index(physical)
-        )
-        cache.append(layer, k.to(cache.dtype), v.to(cache.dtype), sequences)
-        out.append((k, v))
-    return out
+from vattn.layout import LayoutError
 
 
 @pytest.fixture
@@ -298,30 +266,6 @@ def test_memory_goes_back_on_request(cache, rng):
 
 
 # ---- refusals ----------------------------------------------------------------------------------
-def state(cache: KVCache) -> dict[str, object]:
-    """Everything that a failing call must leave as it was."""
-    return {
-        "lengths": cache.lengths.tolist(),
-        "starts": cache.starts.tolist(),
-        "tokens": cache.tokens.tolist(),
-        "open": (cache.opened % 2).tolist(),  # a failed fork opened and closed a slot
-        "mapped": [cache.arena.ids(cache.arena.mapped(s)).tolist() for s in range(cache.slots)],
-        "counts": (cache.pool.free, cache.pool.mapped, cache.pool.pending),
-        "maps": cache.arena.maps,
-        "bytes": [
-            sequence.k[layer].clone() for sequence in cache.sequences for layer in range(LAYERS)
-        ],
-    }
-
-
-def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
-    for name in before:
-        if name == "bytes":
-            assert all(torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True))
-        else:
-            assert before[name] == after[name], name
-
-
 @pytest.mark.parametrize(
     ("change", "error", "named"),
     [
@@ -438,145 +382,6 @@ def test_every_backend_call_may_fail_and_nothing_changes(name, operation, rng):
         pytest.fail("the operation never succeeded")
 
 
-# ---- side by side with a model -------------------------------------------------------------------
-class CacheAndModel(RuleBasedStateMachine):
-    """A cache against plain tensors: after any history both hold the same rows."""
-
-    @initialize(
-        name=st.sampled_from(sorted(set(LAYOUTS) - {"shared_layers"})), pages=st.integers(30, 400)
-    )
-    def start(self, name, pages):
-        self.cache = KVCache(layout_of(name), slots=5, budget_bytes=pages * 4096)
-        self.model: list[tuple] = []  # (sequence, [k of each layer], [start of each layer])
-        self.rng = torch.Generator().manual_seed(99)
-        self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def pick(self, data):
-        return data.draw(st.sampled_from(self.model))
-
-    @rule(tenant=st.sampled_from([None, "a", "b"]))
-    def open(self, tenant):
-        try:
-            sequence = self.cache.open(tenant=tenant)
-        except OutOfRange:
-            return
-        self.model.append(
-            (sequence, [rows(self.rng, HEADS, 0) for _ in range(LAYERS)], [0] * LAYERS)
-        )
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data(), count=st.integers(0, 150))
-    def append(self, data, count):
-        sequence, model, _ = self.pick(data)
-        new = [rows(self.rng, HEADS, count) for _ in range(LAYERS)]
-        for layer, more in enumerate(new):
-            try:
-                self.cache.append(layer, more[None], -more[None], [sequence])
-            except (OutOfPages, OutOfRange):
-                assert layer == 0, "the first layer maps for all of them"
-                return
-            model[layer] = torch.cat([model[layer], more], 1)
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data(), part=st.floats(0, 1))
-    def truncate(self, data, part):
-        sequence, model, starts = self.pick(data)
-        keep = int(part * sequence.length)
-        try:
-            sequence.truncate(keep)
-        except (OutOfRange, OutOfPages):
-            assert keep < max(starts) or keep == 0
-            return
-        model[:] = [rows_[:, :keep] for rows_ in model]
-        if keep == 0:
-            starts[:] = [0] * LAYERS
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data(), layer=st.integers(0, LAYERS - 1), part=st.floats(0, 1))
-    def release(self, data, layer, part):
-        sequence, model, starts = self.pick(data)
-        token = int(part * model[layer].shape[1])
-        sequence.release_before(layer, token)
-        starts[layer] = max(starts[layer], token)
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data(), part=st.floats(0, 1))
-    def fork(self, data, part):
-        sequence, model, starts = self.pick(data)
-        tokens = max([int(part * sequence.length), *starts])
-        try:
-            child = sequence.share(tokens)
-        except (OutOfPages, OutOfRange, PrefixError):
-            return
-        self.model.append((child, [rows_[:, :tokens] for rows_ in model], list(starts)))
-
-    @precondition(lambda self: len(self.model) > 1)
-    @rule(data=st.data())
-    def reorder(self, data):
-        many = [entry for entry in self.model if entry[0].tenant == self.model[0][0].tenant]
-        order = [data.draw(st.integers(0, len(many) - 1)) for _ in many]
-        try:
-            self.cache.reorder([entry[0] for entry in many], order)
-        except OutOfPages:
-            return
-        old = [(list(entry[1]), list(entry[2])) for entry in many]
-        for entry, source in zip(many, order, strict=True):
-            entry[1][:], entry[2][:] = old[source]
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def close(self, data):
-        entry = self.pick(data)
-        entry[0].close()
-        self.model = [other for other in self.model if other is not entry]
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data(), layer=st.integers(0, LAYERS - 1))
-    def look(self, data, layer):
-        tensor = self.pick(data)[0].k[layer]
-        self.views = [*self.views[-2:], (tensor, tensor.clone())]
-
-    @rule()
-    def blink(self):
-        self.views = []
-
-    @rule()
-    def advance(self):
-        self.cache.advance()
-
-    @rule(pages=st.integers(0, 400))
-    def budget(self, pages):
-        self.cache.pool.set_budget(pages * 4096)
-
-    @rule()
-    def trim(self):
-        self.cache.trim()
-
-    @invariant()
-    def both_hold_the_same(self):
-        if not hasattr(self, "cache"):
-            return
-        self.cache.check()
-        for sequence, model, starts in self.model:
-            for layer in range(LAYERS):
-                assert torch.equal(sequence.k[layer], model[layer][:, starts[layer] :])
-                assert torch.equal(sequence.v[layer], -model[layer][:, starts[layer] :])
-        stats = self.cache.stats()
-        total = stats.used_bytes + stats.wasted_bytes + stats.retained_bytes
-        assert stats.mapped_bytes == total == self.cache.pool.mapped * 4096
-
-    def teardown(self):
-        if hasattr(self, "cache"):
-            self.cache.close()
-            self.views = []
-            gc.collect()
-            assert self.cache.pool.backend.fd == -1
-
-
-CacheAndModel.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-TestCacheAndModel = CacheAndModel.TestCase
-
-
 def test_a_step_in_steady_state_makes_no_system_call(rng):
     """Sequences come and go for a while; then nothing is mapped any more."""
     layout = layout_of("all_layers", max_tokens=128)
@@ -607,3 +412,122 @@ def test_a_trace_names_the_slot(rng):
         assert sum(event.bytes for event in maps) == cache.stats().mapped_bytes
     with KVCache(layout, slots=1, budget_bytes=1 << 20) as cache:
         assert cache.trace is None
+
+
+# ---- what a cache must not get wrong -------------------------------------------------------------
+def test_a_batch_goes_out_of_date_with_its_sequences(cache, rng):
+    old = cache.open(slot=0, tenant="a")
+    batch = cache.batch([old])
+    old.close()
+    other = cache.open(slot=0, tenant="b")
+    fill(cache, [other], 3, rng)
+    with pytest.raises(ClosedError, match="new batch"):
+        cache.append(0, k(1), k(1), batch)
+    with KVCache(cache.layout, slots=2, budget_bytes=1 << 20) as stranger:
+        stranger.open()
+        with pytest.raises(ClosedError, match="another cache"):
+            stranger.extend(cache.batch([other]), 1)
+
+
+def test_tenants_in_one_batch_own_their_pages(cache):
+    ones = torch.ones(2, HEADS, 200, DIM)
+    first, second = cache.open(tenant="a"), cache.open(tenant="b")
+    for layer in range(LAYERS):
+        cache.append(layer, ones, ones, [first, second])
+    with pytest.raises(PrefixError, match="tenants"):
+        cache.reorder([first, second], [1, 0])
+    slot = second.slot
+    second.close()
+    again = cache.open(slot=slot, tenant="a")
+    cache.extend([again], 100)
+    cache.commit([again], 100)
+    assert not again.k[0].any()
+
+
+def test_tenants_are_told_apart_over_a_shared_pool():
+    layout = layout_of("per_layer")
+    pool = Pool(HostBackend(4096), budget_bytes=layout.lanes * 2 * 4096)
+    ones = torch.ones(1, HEADS, 60, DIM)
+    with KVCache(layout, slots=2, pool=pool) as one, KVCache(layout, slots=2, pool=pool) as two:
+        sequence = one.open(tenant="alice")
+        for layer in range(LAYERS):
+            one.append(layer, ones, ones, [sequence])
+        sequence.close()
+        one.trim()
+        one.advance()
+        other = two.open(tenant="bob")
+        two.extend([other], 60)
+        two.commit([other], 60)
+        assert not other.k[0].any()
+    pool.close()
+
+
+def test_rows_leave_their_graph_behind_and_inference_mode_does_not_stick(rng):
+    with torch.inference_mode():
+        cache = KVCache(layout_of("per_layer"), slots=1, budget_bytes=1 << 20)
+        sequence = cache.open()
+        fill(cache, [sequence], 5, rng)
+    with cache:
+        new = rows(rng, 1, HEADS, 3).requires_grad_()
+        for layer in range(LAYERS):
+            cache.append(layer, new, new * 2, [sequence])
+        assert sequence.k[0].shape[1] == 8
+        assert not sequence.k[0].requires_grad
+        assert cache._rows._window._whole.grad_fn is None
+
+
+def test_a_fork_of_the_process_cannot_touch_the_rows(rng):
+    with KVCache(layout_of("per_layer"), slots=1, budget_bytes=1 << 20) as cache:
+        sequence = cache.open()
+        fill(cache, [sequence], 5, rng)
+        before = sequence.k[0].clone()
+        child = os.fork()
+        if child == 0:
+            try:
+                cache.append(0, k(1), k(1), [sequence])
+            except ClosedError:
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert torch.equal(sequence.k[0], before)
+
+
+def test_a_limit_on_retained_bytes_holds_after_each_step(rng):
+    layout = layout_of("per_layer")
+    with KVCache(layout, slots=4, budget_bytes=8 << 20, retain_bytes=0) as cache:
+        many = [cache.open() for _ in range(3)]
+        fill(cache, many, 300, rng)
+        many[0].close()
+        many[1].truncate(10)
+        cache.advance()
+        assert cache.stats().retained_bytes == 0
+        cache.extend([many[1]], 200)
+        cache.advance()
+        assert cache.room[many[1].slot] >= 210, "what extend promised stays"
+
+
+def test_two_caches_over_one_pool_take_nothing_that_is_in_use(rng):
+    layout = layout_of("all_layers")
+    pool = Pool(HostBackend(4096), budget_bytes=26 * 4096)
+    with KVCache(layout, slots=3, pool=pool) as one, KVCache(layout, slots=3, pool=pool) as two:
+        parked = two.open()
+        fill(two, [parked], layout.room(12), rng)
+        parked.close()
+        donor = one.open()
+        fill(one, [donor], layout.room(6), rng)
+        child = donor.fork()
+        child.truncate(layout.room(2))
+        fill(one, [child], layout.room(5), rng)
+        one.check()
+        two.check()
+    pool.close()
+
+
+@pytest.mark.parametrize("tokens", [-1, 401, 2**63, 0.5, [1, 2]])
+def test_token_counts_are_checked(cache, tokens):
+    sequence = cache.open()
+    before = state(cache)
+    for call in (cache.extend, cache.commit):
+        with pytest.raises((OutOfRange, LayoutError)):
+            call([sequence], tokens)
+    assert_same(before, state(cache))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers import cache_utils as theirs
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -339,3 +340,31 @@ def test_both_halves_of_the_registration_are_made() -> None:
         hf.register()
     assert AttentionInterface._global_mapping["vattn"] is hf.attention
     assert "vattn" in AttentionMaskInterface._global_mapping
+
+
+# ---- enable ----------------------------------------------------------------------------------
+
+
+def test_enable_restores_the_table() -> None:
+    table = theirs.DYNAMIC_LAYER_TYPE_MAPPING
+    before = list(table.items())
+    with hf.enable(max_tokens=64), hf.enable(max_tokens=128, page_bytes=PAGE):
+        inner = DynamicCache(config=model("gemma3").config)
+        assert inner.store.options.max_tokens == 128
+        assert list(table) == [kind for kind, _ in before]
+    assert list(table.items()) == before
+    with pytest.raises(KeyError), hf.enable(max_tokens=64):
+        raise KeyError
+    assert list(table.items()) == before
+    assert type(DynamicCache(config=model("llama").config).layers[0]) is theirs.DynamicLayer
+
+
+def test_enable_gives_each_cache_its_own_store() -> None:
+    config = model("gemma3").config
+    with hf.enable(max_tokens=64):
+        first, second = DynamicCache(config=config), DynamicCache(config=config)
+        alone = theirs.DYNAMIC_LAYER_TYPE_MAPPING["full_attention"]()
+    stores = [{id(layer.store) for layer in cache.layers} for cache in (first, second)]
+    assert [len(s) for s in stores] == [1, 1]
+    assert stores[0] != stores[1]
+    assert id(alone.store) not in stores[0] | stores[1]

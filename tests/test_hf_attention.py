@@ -19,11 +19,7 @@ from vattn import hf
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-both = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
 every = pytest.mark.parametrize("family", FAMILIES)
-
-
-# ---- the attention function ------------------------------------------------------------------
 
 
 @every

@@ -1,4 +1,4 @@
-"""The transformers cache beyond tokens: memory, the Cache interface, `enable`, refusals."""
+"""The transformers cache beyond tokens: memory, the Cache interface, refusals."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ from vattn.allocator.errors import ClosedError, OutOfPages, OutOfRange
 from vattn.hf_layers import CROP_TAKES_LENGTHS
 from vattn.layout import LayoutError
 
-FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+FLOAT32 = torch.float32
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-both = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
 every = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -351,34 +350,6 @@ def test_encoder_decoder_caches_take_ours() -> None:
     step(lm, ids, pair.self_attention_cache)
     pair.crop(-2)
     assert pair.get_seq_length() == 6
-
-
-# ---- enable ----------------------------------------------------------------------------------
-
-
-def test_enable_restores_the_table() -> None:
-    table = theirs.DYNAMIC_LAYER_TYPE_MAPPING
-    before = list(table.items())
-    with hf.enable(max_tokens=64), hf.enable(max_tokens=128, page_bytes=PAGE):
-        inner = DynamicCache(config=model("gemma3").config)
-        assert inner.store.options.max_tokens == 128
-        assert list(table) == [kind for kind, _ in before]
-    assert list(table.items()) == before
-    with pytest.raises(KeyError), hf.enable(max_tokens=64):
-        raise KeyError
-    assert list(table.items()) == before
-    assert type(DynamicCache(config=model("llama").config).layers[0]) is theirs.DynamicLayer
-
-
-def test_enable_gives_each_cache_its_own_store() -> None:
-    config = model("gemma3").config
-    with hf.enable(max_tokens=64):
-        first, second = DynamicCache(config=config), DynamicCache(config=config)
-        alone = theirs.DYNAMIC_LAYER_TYPE_MAPPING["full_attention"]()
-    stores = [{id(layer.store) for layer in cache.layers} for cache in (first, second)]
-    assert [len(s) for s in stores] == [1, 1]
-    assert stores[0] != stores[1]
-    assert id(alone.store) not in stores[0] | stores[1]
 
 
 # ---- refusals --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import contract
-from tests.mirror import PAGE, maps_within
+from tests.mirror import PAGE, maps_within, open_things
 from vattn.allocator.errors import ClosedError, MapLimitError, OutOfRange, ReserveError
 from vattn.allocator.host import HostBackend, process_maps
 from vattn.allocator.vmm import Backend
@@ -137,7 +137,7 @@ def test_neighbouring_home_pages_are_one_kernel_map() -> None:
 
 
 def test_close_leaves_no_descriptor_and_no_map() -> None:
-    before = sorted(os.listdir("/proc/self/fd")), process_maps()
+    before = open_things()
     for _ in range(5):
         backend = HostBackend(PAGE)
         backend.create(0, 32)
@@ -146,7 +146,7 @@ def test_close_leaves_no_descriptor_and_no_map() -> None:
         for i in range(8):
             backend.map(base + i * PAGE, 31 - 2 * i, 1)
         backend.close()
-    assert (sorted(os.listdir("/proc/self/fd")), process_maps()) == before
+    assert open_things() == before
 
 
 def test_reservations_lie_where_huge_pages_fit() -> None:
@@ -172,7 +172,7 @@ if (child := os.fork()) == 0:
     refused = 0
     for act in (lambda: arena.trim(0, 0, 1), lambda: arena.drop(1), pool.advance, pool.trim,
                 lambda: arena.grow(arena.plan_grow(np.array([0]), np.array([4]))),
-                lambda: arena.lease(0, 1), lambda: pool.set_budget(0),
+                lambda: arena.unshare(0, 0, 1), lambda: pool.set_budget(0),
                 lambda: pool.backend.destroy(0, 1),
                 lambda: Arena(pool, slots=1, lanes=1, lane_pages=1)):
         try: act()

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.mirror import PAGE, words_at
+from tests.mirror import PAGE, open_things, words_at
 from vattn.allocator.arena import Arena
 from vattn.allocator.errors import ClosedError, ShareError
-from vattn.allocator.host import HostBackend, process_maps
+from vattn.allocator.host import HostBackend
 from vattn.allocator.pool import Pool
 from vattn.allocator.share import HEADER, MAGIC, VERSION, export_pages, receive
 
@@ -134,7 +134,7 @@ def test_a_forgotten_export_gives_its_pages_back(arena: Arena) -> None:
 
 
 def test_nothing_is_left_behind(arena: Arena) -> None:
-    before = sorted(os.listdir("/proc/self/fd")), process_maps()
+    before = open_things()
     for sealed in (False, True):
         ours, theirs = pair()
         with export_pages(arena, np.arange(3), sealed=sealed) as export:
@@ -150,7 +150,7 @@ def test_nothing_is_left_behind(arena: Arena) -> None:
         del part
         ours.close()
         theirs.close()
-    assert (sorted(os.listdir("/proc/self/fd")), process_maps()) == before
+    assert open_things() == before
 
 
 def test_only_mapped_pages_are_exported(arena: Arena) -> None:
@@ -186,7 +186,7 @@ def body(**changes: object) -> bytes:
 def test_a_wrong_description_is_refused(
     arena: Arena, header: tuple[bytes, int], payload: bytes, why: str
 ) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_things()
     ours, theirs = pair()
     fd = arena.backend.descriptor()
     socket.send_fds(ours, [HEADER.pack(*header, len(payload))], [fd])
@@ -196,7 +196,7 @@ def test_a_wrong_description_is_refused(
     os.close(fd)
     ours.close()
     theirs.close()
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_things() == before
 
 
 def test_a_broken_connection_is_refused(arena: Arena) -> None:

@@ -14,6 +14,7 @@ and the next `open` adopts it. In steady state no step makes a system call.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -58,6 +59,8 @@ class KVCache:
         slots: most sequences open at once; address space only.
         budget_bytes: most bytes of pages; 80% of the available memory by default.
         pool: share another cache's pool (and budget) instead of making one.
+        retain_bytes: most bytes of pages without a live token (parked slots, mapped ahead) that
+            stay mapped over a step boundary; None keeps all until somebody needs them.
         zero_backed: unmapped rows read as zeros: `static_view` shows all ``max_tokens``.
         trace: record every map and unmap in ``cache.trace``, see `allocator.trace`.
 
@@ -74,6 +77,7 @@ class KVCache:
         slots: int = 64,
         budget_bytes: int | None = None,
         pool: Pool | None = None,
+        retain_bytes: int | None = None,
         zero_backed: bool = False,
         trace: bool = False,
     ) -> None:
@@ -93,6 +97,7 @@ class KVCache:
         elif trace:
             raise LayoutError("trace=True needs a pool of the cache's own: leave pool out")
         self.layout, self.pool, self.slots = layout, pool, slots
+        self.retain_bytes = retain_bytes
         try:
             self.arena = Arena(
                 pool,
@@ -118,6 +123,7 @@ class KVCache:
         self.versions = np.zeros(slots, np.int64)  # grows when rows that a view saw go away
         self._reclaim = _weak_reclaimer(self)
         pool.reclaimers.append(self._reclaim)
+        weakref.finalize(self, _forget, pool.reclaimers, self._reclaim)
         self.closed = False
 
     # ---- opening -------------------------------------------------------------------------------
@@ -125,7 +131,7 @@ class KVCache:
         self,
         *,
         slot: int | None = None,
-        tenant: object = None,
+        tenant: Hashable = None,
         tokens: int = 0,
         empty: bool = False,
     ) -> Sequence:
@@ -144,18 +150,34 @@ class KVCache:
         if slot is None:
             slot = self._slots.choose(tokens, empty=empty)
         elif not (0 <= slot < self.slots and self._slots.is_free(slot)):
-            raise OutOfRange(f"slot {slot} of {self.slots} is not free")
-        self._slots.take(slot, tenant)
+            raise OutOfRange(
+                f"slot {slot} is not free: it is open, seen by a live view, or not one of "
+                f"{self.slots}; leave slot out to get one that is"
+            )
+        try:
+            self._slots.take(slot, tenant)
+        except TypeError as error:
+            raise LayoutError(f"a tenant must be hashable, got {tenant!r}") from error
         return Sequence(self, slot, self._slots.tenant.item(slot))
 
-    def open_batch(self, count: int, *, tenant: object = None) -> list[Sequence]:
+    def open_batch(self, count: int, *, tenant: Hashable = None) -> list[Sequence]:
         """Open ``count`` sequences in consecutive slots: their views are one tensor.
 
         Raises:
             OutOfRange: no such run of slots is free. Nothing was opened.
         """
         self._check_open()
-        return [self.open(slot=slot, tenant=tenant) for slot in self._slots.choose_run(count)]
+        if count < 1:
+            raise OutOfRange(f"a batch has at least 1 sequence, got {count}")
+        opened: list[Sequence] = []
+        try:
+            for slot in self._slots.choose_run(count):
+                opened.append(self.open(slot=slot, tenant=tenant))
+        except BaseException:
+            for sequence in opened:
+                self.close_sequence(sequence)
+            raise
+        return opened
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -169,16 +191,27 @@ class KVCache:
             ClosedError: one is closed. LayoutError: one is of another cache, or twice in the list.
         """
         if isinstance(sequences, Batch):
+            # A slot may have been closed, and opened by another tenant, since the batch was made.
+            if sequences.cache is not self or np.logical_or.reduce(
+                self.opened[sequences.pick] != sequences.generations
+            ):
+                raise ClosedError(
+                    "a sequence of this batch was closed, or is another cache's; make a new batch"
+                )
             return sequences
         many = list(sequences)
+        if not many:
+            raise LayoutError("a batch has at least 1 sequence, got none")
         for sequence in many:
             if sequence.cache is not self:
-                raise LayoutError(f"{sequence!r} belongs to another cache")
+                raise LayoutError(
+                    f"{sequence!r} belongs to another cache; append to the cache that opened it"
+                )
             sequence.check_open()
-        slots = np.array([s.slot for s in many], np.int64)
-        if len(set(slots.tolist())) != len(many):
-            raise LayoutError(f"a sequence appears twice in the batch: slots {slots.tolist()}")
-        return batch_of(many, slots)
+        slots = [sequence.slot for sequence in many]
+        if len(set(slots)) != len(slots):
+            raise LayoutError(f"a sequence appears twice in the batch: slots {slots}")
+        return batch_of(self, many)
 
     # ---- growing -------------------------------------------------------------------------------
     def plan(
@@ -189,18 +222,24 @@ class KVCache:
         Raises:
             OutOfRange: a sequence would outgrow ``max_tokens``.
         """
-        batch = sequences if isinstance(sequences, Batch) else self.batch(sequences)
+        batch = self.batch(sequences)
+        if type(tokens) is not int or tokens != 1:
+            tokens = self._frontiers.check_tokens(tokens, len(batch.slots))
         return self._frontiers.plan(batch, tokens, ahead=ahead)
 
     def extend(self, sequences: Seq[Sequence] | Batch, tokens: int | Ints = 1) -> None:
         """Map pages for ``tokens`` more tokens of every sequence, or for none.
 
         Raises:
-            OutOfPages: the budget does not cover it. OutOfRange: ``max_tokens`` exceeded.
+            OutOfPages: the budget does not cover it. OutOfRange: negative, or ``max_tokens``
+            exceeded. LayoutError: not one count for each sequence.
             MapLimitError, DriverError: the system refused. In every case nothing changed.
         """
         self._check_open()
-        self._frontiers.extend(self.batch(sequences), tokens)
+        batch = self.batch(sequences)
+        if type(tokens) is not int or tokens != 1:
+            tokens = self._frontiers.check_tokens(tokens, len(batch.slots))
+        self._frontiers.extend(batch, tokens)
 
     def append(
         self,
@@ -219,13 +258,15 @@ class KVCache:
             sequences: the batch, in the order of the rows.
             counts: tokens of each sequence, for a ragged batch.
 
+        The rows are copied without their autograd history.
+
         Raises:
             LayoutError: wrong layer, shape, dtype or device. OutOfPages, OutOfRange,
             MapLimitError, DriverError: as `extend`. The cache is as before.
         """
         self._check_open()
         physical = self.layout.physical(layer)
-        batch = sequences if isinstance(sequences, Batch) else self.batch(sequences)
+        batch = self.batch(sequences)
         lengths = self.lengths[batch.slots, physical]
         if counts is None:
             count = k.shape[-2] if k.dim() > 1 else 0
@@ -234,16 +275,15 @@ class KVCache:
             self._rows.write(physical, batch, lengths, k, v)
             self._frontiers.add(batch, physical, lengths + count)
             return
-        many = np.asarray(counts, np.int64)
-        if len(many) != len(batch.slots) or int(many.min(initial=0)) < 0:
-            raise LayoutError(f"counts must be {len(batch.slots)} ints >= 0, got {list(counts)}")
+        many = self._frontiers.check_tokens(np.asarray(counts), len(batch.slots), "counts")
+        if isinstance(many, int):
+            raise LayoutError(f"counts must be {len(batch.slots)} ints, got {counts!r}")
         self._rows.check(k, v, (self.layout.kv_heads, int(many.sum())))
         self._frontiers.make_writable(batch, lengths, many)
         at = 0
-        for i, count in enumerate(many.tolist()):
-            one = batch_of([batch.sequences[i]], batch.slots[i : i + 1])
+        for slot, length, count in zip(batch.slots, lengths.tolist(), many.tolist(), strict=True):
             rows = slice(at, at + count)
-            self._rows.write(physical, one, lengths[i : i + 1], k[None, :, rows], v[None, :, rows])
+            self._rows.write_one(physical, int(slot), length, k[:, rows], v[:, rows])
             at += count
         self._frontiers.add(batch, physical, lengths + many)
 
@@ -274,17 +314,28 @@ class KVCache:
     ) -> Tensor:
         """K (0) or V (1) of one layer of consecutive slots, [batch, kv_heads, tokens, head_dim].
 
-        The tokens are ``span``; by default those that are live in the first slot.
+        The tokens are ``span``; by default those that are live, equally many in all slots.
+
+        Raises:
+            LayoutError: the slots differ in length, or are not consecutive. OutOfRange: ``span`` is
+            not mapped in all of them. ClosedError: a slot is not open.
         """
+        self._check_open()
         physical = self.layout.physical(layer)
+        first, last = slots[0], slots[-1] + 1
+        if last - first != len(slots) or not 0 <= first < last <= self.slots:
+            raise LayoutError(f"slots {slots} are not consecutive slots of {self.slots}")
+        if np.logical_or.reduce(self.opened[first:last] & 1 == 0):
+            raise ClosedError(f"not all of the slots {slots} are open")
+        starts, lengths = self.starts[first:last, physical], self.lengths[first:last, physical]
         if static:
-            start, end = 0, self.layout.max_tokens
-        elif span is None:
-            start = self.starts.item(slots[0], physical)
-            end = self.lengths.item(slots[0], physical)
-        else:
-            start, end = span
-        return self._rows.tensor(slots[0], slots[-1] + 1, physical, side, start, end)
+            return self._rows.tensor(first, last, physical, side, 0, self.layout.max_tokens)
+        start, end = span or (starts.item(0), lengths.item(0))
+        if span is None and np.logical_or.reduce((lengths != end) | (starts != start)):
+            raise LayoutError(f"slots {slots} differ in length; take their tensors one by one")
+        if start < np.maximum.reduce(starts) or end > np.minimum.reduce(lengths) or start > end:
+            raise OutOfRange(f"tokens {start}..{end} are not held by all of the slots {slots}")
+        return self._rows.tensor(first, last, physical, side, start, end)
 
     # ---- shrinking and sharing -------------------------------------------------------------------
     def truncate(self, sequence: Sequence, tokens: int, layer: int | None = None) -> None:
@@ -325,6 +376,7 @@ class KVCache:
             )
         if token > self.starts[slot, physical]:
             self.starts[slot, physical] = token
+            self.versions[slot] += 1
             self._slots.mark(slot)
 
     def fork(self, sequence: Sequence, tokens: int | None = None) -> Sequence:
@@ -342,7 +394,7 @@ class KVCache:
                 f"a prefix of {tokens} tokens is wanted; slot {source} holds "
                 f"{int(self.starts[source].max())}..{int(self.tokens[source])}"
             )
-        child = self.open(empty=True, tenant=self._slots.tenant_of(source))
+        child = self.open(empty=True, tenant=self._slots.names[source])
         try:
             self._alias(sequence, child, tokens)
         except BaseException:
@@ -356,10 +408,10 @@ class KVCache:
         Raises:
             PrefixError: an index is out of range. Otherwise as `fork`; nothing changed.
         """
-        many = self.batch(sequences).sequences
-        if any(not 0 <= i < len(many) for i in order):
+        many = self._of_one_tenant(sequences).sequences
+        if not len(order) or any(not 0 <= i < len(many) for i in order):
             raise PrefixError(f"order {list(order)} has indices outside of 0..{len(many) - 1}")
-        children = self.open_batch(len(order), tenant=self._slots.tenant_of(many[0].slot))
+        children = self.open_batch(len(order), tenant=self._slots.names[many[0].slot])
         try:
             for child, i in zip(children, order, strict=True):
                 self._alias(many[i], child, int(self.tokens[many[i].slot]))
@@ -376,7 +428,7 @@ class KVCache:
         Raises:
             PrefixError: ``order`` is not one index per sequence. Otherwise as `fork`.
         """
-        batch = self.batch(sequences)
+        batch = self._of_one_tenant(sequences)
         source = np.asarray(order, np.int64)
         if len(source) != len(batch.slots) or source.min() < 0 or source.max() >= len(source):
             raise PrefixError(f"order must be {len(batch.slots)} indices, got {list(order)}")
@@ -402,7 +454,12 @@ class KVCache:
 
     def advance(self) -> None:
         """Step boundary: pages released a step ago are unmapped, quarantined ones become free."""
+        self._check_open()
         self._slots.collect()
+        if self.retain_bytes is not None:
+            excess = self._slots.retained() - self.retain_bytes // self.layout.page
+            if excess > 0:
+                self._slots.reclaim(excess)
         self.pool.advance()
 
     def reclaim(self, pages: int) -> int:
@@ -417,8 +474,18 @@ class KVCache:
         self.pool.trim()
         return (before - self.pool.created) * self.layout.page
 
+    def set_budget(self, budget_bytes: int) -> None:
+        """Change the budget of the pool now; see `Pool.set_budget`."""
+        self._check_open()
+        self.pool.set_budget(budget_bytes)
+
     def stats(self) -> Usage:
-        """Bytes reserved, mapped, used, retained, wasted and pending; pages, maps and calls."""
+        """Bytes reserved, mapped, used, retained, wasted and pending; pages, maps and calls.
+
+        Raises:
+            ClosedError: the cache is closed.
+        """
+        self._check_open()
         return measure(self)
 
     def close(self) -> None:
@@ -427,7 +494,7 @@ class KVCache:
         if self.closed:
             return
         self.closed = True
-        self.pool.reclaimers.remove(self._reclaim)
+        _forget(self.pool.reclaimers, self._reclaim)
         self.arena.close()
         if self._own_pool:
             self.pool.close()
@@ -449,7 +516,11 @@ class KVCache:
     # ---- inside --------------------------------------------------------------------------------
     def _check_open(self) -> None:
         if self.closed:
-            raise ClosedError("the cache is closed")
+            raise ClosedError("this cache is closed; make a new KVCache")
+        if self.arena.turn.foreign:
+            raise ClosedError(
+                "this cache belongs to the process that forked this one; make a KVCache here"
+            )
 
     def _slot(self, sequence: Sequence) -> int:
         """The slot of one open sequence of this cache."""
@@ -463,6 +534,14 @@ class KVCache:
         if full or tail:
             self.arena.alias(source.slot, target.slot, full, tail, tenant=source.tenant)
         self._frontiers.copy(source.slot, target.slot, tokens)
+        if self.starts[target.slot].any():  # the donor's window may have released more than went
+            self._slots.mark(target.slot)
+
+    def _of_one_tenant(self, sequences: Seq[Sequence] | Batch) -> Batch:
+        batch = self.batch(sequences)
+        if not isinstance(batch.tenant, int):
+            raise PrefixError("sequences of several tenants share no pages: one tenant a call")
+        return batch
 
     def _which(self, layer: int | None) -> slice:
         """One physical layer, or all."""
@@ -472,13 +551,18 @@ class KVCache:
         return slice(physical, physical + 1)
 
 
-def _weak_reclaimer(cache: KVCache):  # type: ignore[no-untyped-def]
+def _weak_reclaimer(cache: KVCache) -> Callable[[int], None]:
     """The pool may ask the cache for pages, but must not keep it alive."""
     ref = weakref.ref(cache)
 
     def reclaim(pages: int) -> None:
         alive = ref()
-        if alive is not None:
+        if alive is not None and not alive.closed:
             alive.reclaim(pages)
 
     return reclaim
+
+
+def _forget(reclaimers: list[Callable[[int], None]], reclaim: Callable[[int], None]) -> None:
+    if reclaim in reclaimers:
+        reclaimers.remove(reclaim)

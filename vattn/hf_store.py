@@ -67,10 +67,10 @@ class Options:
             group_layers=min(self.group_layers, layers),
             page_bytes=self.page_bytes,
         )
-        # Slots are address space: room for deepcopies and for batches repeated by 4.
+        # Slots are address space: room for deepcopies, and for a batch beside itself repeated by 4.
         return KVCache(
             layout,
-            slots=self.slots or max(64, 4 * batch),
+            slots=self.slots or max(64, 8 * batch),
             budget_bytes=self.budget_bytes,
             zero_backed=self.zero_backed,
             trace=self.trace,

@@ -16,7 +16,7 @@ from .allocator.arena import Arena
 from .allocator.errors import OutOfPages, OutOfRange
 from .allocator.frontiers import GrowPlan
 from .batch import Batch, Ints
-from .layout import Layout
+from .layout import Layout, LayoutError
 from .sequence import Sequence
 
 # Pages are mapped ahead of a growing sequence by this share of its length: 8 times fewer map calls
@@ -34,6 +34,7 @@ class Lengths:
         self.starts = np.zeros((slots, layers), np.int64)
         self.tokens = np.zeros(slots, np.int64)
         self.room = np.zeros(slots, np.int64)
+        self.promised = np.zeros(slots, np.int64)
         self._page_tokens = int(layout.tokens_per_page)
         self._group_of_lane = np.repeat(np.arange(layout.groups), layout.lanes_per_group)
 
@@ -67,14 +68,26 @@ class Lengths:
         plan = self.plan(batch, tokens, ahead=True)
         if plan is None:
             return
-        tenant = batch.sequences[0].tenant
+        before = self.promised[batch.pick].copy()
+        self.promised[batch.pick] = self.tokens[batch.pick] + tokens
         try:
-            self.arena.grow(plan, tenant=tenant)
+            self.arena.grow(plan, tenant=batch.tenant)
         except OutOfPages:  # then without mapping ahead
+            plan = self._grow_exactly(batch, tokens, before)
+        except BaseException:
+            self.promised[batch.pick] = before
+            raise
+        self.measure(plan.slots)
+
+    def _grow_exactly(self, batch: Batch, tokens: int | Ints, before: Ints) -> GrowPlan:
+        try:
             plan = self.plan(batch, tokens, ahead=False)
             assert plan is not None
-            self.arena.grow(plan, tenant=tenant)
-        self.measure(plan.slots)
+            self.arena.grow(plan, tenant=batch.tenant)
+        except BaseException:
+            self.promised[batch.pick] = before
+            raise
+        return plan
 
     def make_writable(self, batch: Batch, lengths: Ints, counts: int | Ints) -> None:
         """Make the rows ``lengths .. lengths + counts`` mapped and private.
@@ -89,6 +102,8 @@ class Lengths:
         shared = first < self.arena.shared_to[batch.pick]
         if not np.logical_or.reduce(shared):
             return
+        # Copies may need pages that a reclaimer finds: not those of the rows to be written.
+        self.promised[batch.pick] = np.maximum(self.promised[batch.pick], ends)
         for i in shared.nonzero()[0].tolist():
             last = self.layout.pages(int(ends[i]))
             sequence = batch.sequences[i]
@@ -105,6 +120,26 @@ class Lengths:
         pages = lanes.item(0) if len(lanes) == 1 else int(lanes.min())
         self.room[slot] = self.layout.room(pages)
 
+    def check_tokens(self, tokens: int | Ints, sequences: int, name: str = "tokens") -> int | Ints:
+        """Token counts as an int, or an array of one for each sequence, none negative.
+
+        Raises:
+            LayoutError: not whole numbers, or not one for each. OutOfRange: negative, or beyond
+            ``max_tokens``.
+        """
+        counts = np.asarray(tokens)
+        if counts.dtype.kind not in "iu" or counts.shape not in ((), (sequences,)):
+            raise LayoutError(
+                f"{name} must be an int or {sequences} ints, one a sequence, got {tokens!r}"
+            )
+        low, high = int(counts.min()), int(counts.max())
+        if low < 0 or high > self.layout.max_tokens:
+            raise OutOfRange(
+                f"{name} must lie in 0..{self.layout.max_tokens} (max_tokens of this cache), got "
+                f"{low if low < 0 else high}"
+            )
+        return int(counts) if counts.ndim == 0 else counts.astype(np.int64)
+
     # ---- counting ----------------------------------------------------------------------------
     def add(self, batch: Batch, physical: int, ends: Ints) -> None:
         """A layer of the batch now holds ``ends`` tokens."""
@@ -113,6 +148,7 @@ class Lengths:
 
     def commit(self, slots: Ints, which: slice, tokens: int) -> None:
         """See `KVCache.commit`."""
+        self.check_tokens(tokens, 1)
         lengths = self.lengths[slots, which] + tokens
         if bool((lengths.max(axis=1) > self.room[slots]).any()):
             raise OutOfRange(f"{tokens} more rows are not mapped in every sequence; extend() first")
@@ -131,23 +167,31 @@ class Lengths:
             self._refill(sequence, which)
         self.lengths[slot, which] = np.minimum(self.lengths[slot, which], tokens)
         self.tokens[slot] = self.lengths[slot].max()
+        self.promised[slot] = 0
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """``target`` holds the first ``tokens`` tokens of ``source`` now."""
         self.lengths[target] = np.minimum(self.lengths[source], tokens)
         self.starts[target] = self.starts[source]
         self.tokens[target] = tokens
+        self.promised[target] = 0
         self.measure_one(target)
 
     def permute(self, slots: Ints, source: Ints) -> None:
         """``slots[i]`` holds what ``slots[source[i]]`` held."""
         for array in (self.lengths, self.starts, self.tokens):
             array[slots] = array[slots][source]
+        self.promised[slots] = 0
         self.measure(slots)
 
     def clear(self, slot: int) -> None:
         """The slot holds no token; what is mapped stays."""
-        self.lengths[slot] = self.starts[slot] = self.tokens[slot] = 0
+        self.lengths[slot] = self.starts[slot] = self.tokens[slot] = self.promised[slot] = 0
+
+    def needed_pages(self) -> Ints:
+        """Pages of a lane that each slot holds tokens in, or was promised."""
+        tokens = np.maximum(self.tokens, self.promised)
+        return -(-tokens * self.layout.row_bytes // self.layout.page)
 
     def first_pages(self, slot: int) -> Ints:
         """First page of each lane that still holds a readable token."""

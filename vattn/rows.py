@@ -34,19 +34,24 @@ class Rows:
         return self._window.view((first, last), offset, shape, self._strides)
 
     def write(self, physical: int, batch: Batch, lengths: Ints, k: Tensor, v: Tensor) -> None:
-        """Copy ``k``, ``v`` [batch, kv_heads, n, head_dim] behind ``lengths`` rows of each
-        sequence. Every page is mapped by now, so nothing can fail."""
+        """Copy ``k``, ``v`` [batch, kv_heads, n, head_dim], detached, behind ``lengths`` rows of
+        each sequence. Every page is mapped by now, so nothing can fail."""
         count, first = k.shape[2], lengths.item(0)
         if not count:
             return
+        k, v = k.detach(), v.detach()  # a cache is no part of anybody's graph
         if batch.consecutive and not np.logical_or.reduce(lengths != first):
             slot, slots = batch.slots.item(0), len(batch.slots)
             self._access(slot, slots, physical, 0, first, count).copy_(k)
             self._access(slot, slots, physical, 1, first, count).copy_(v)
             return
         for i, (slot, at) in enumerate(zip(batch.slots.tolist(), lengths.tolist(), strict=True)):
-            self._access(slot, 1, physical, 0, at, count).copy_(k[i : i + 1])
-            self._access(slot, 1, physical, 1, at, count).copy_(v[i : i + 1])
+            self.write_one(physical, slot, at, k[i], v[i])
+
+    def write_one(self, physical: int, slot: int, at: int, k: Tensor, v: Tensor) -> None:
+        """`write` for one sequence: ``k``, ``v`` [kv_heads, n, head_dim] behind ``at`` rows."""
+        self._access(slot, 1, physical, 0, at, k.shape[1])[0].copy_(k.detach())
+        self._access(slot, 1, physical, 1, at, v.shape[1])[0].copy_(v.detach())
 
     def check(self, k: Tensor, v: Tensor, lead: tuple[int, ...]) -> None:
         """Raise `LayoutError` unless ``k`` and ``v`` are rows [*lead, head_dim] of this cache."""

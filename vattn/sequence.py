@@ -62,13 +62,13 @@ class Sequence:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens appended to each physical layer, [physical_layers]."""
         self.check_open()
-        return self.cache.lengths[self.slot]
+        return self.cache.lengths[self.slot].copy()
 
     @property
     def starts(self) -> NDArray[np.int64]:
         """First token still readable in each physical layer, [physical_layers]."""
         self.check_open()
-        return self.cache.starts[self.slot]
+        return self.cache.starts[self.slot].copy()
 
     def tensor(self, layer: int, side: int) -> Tensor:
         """K (``side`` 0) or V (1) of a layer: [kv_heads, length - start, head_dim].

@@ -10,6 +10,8 @@ A parked slot with a live view is not handed out: its rows may not change under 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 
 from .allocator.arena import Arena
@@ -24,9 +26,9 @@ class Slots:
     def __init__(self, arena: Arena, lengths: Lengths) -> None:
         self.arena, self.lengths, self.count = arena, lengths, arena.slots
         self.generation = np.zeros(self.count, np.int64)
-        self.tenant = np.zeros(self.count, np.int64)
+        self.tenant = np.zeros(self.count, np.int64)  # by number, see Pool.tenant
+        self.names: dict[int, Hashable] = {}  # tenant of each open slot
         self._closed_at = np.zeros(self.count, np.int64)  # epoch
-        self._tenants: dict[object, int] = {None: 0}
         # Ordered sets, the lowest slot last: popitem() is then the lowest, and costs nothing.
         self._empty: dict[int, None] = dict.fromkeys(reversed(range(self.count)))
         self._parked: dict[int, None] = {}  # longest parked first
@@ -82,25 +84,20 @@ class Slots:
         return slot in self._empty or (slot in self._parked and not self.arena.pins.item(slot))
 
     # ---- opening -----------------------------------------------------------------------------
-    def take(self, slot: int, tenant: object) -> None:
+    def take(self, slot: int, tenant: Hashable) -> None:
         """Open a free slot for a tenant: no gap in front, no other tenant's bytes."""
-        owner = self._tenants.setdefault(tenant, len(self._tenants))
+        owner = self.arena.pool.tenant(tenant)
         if slot in self._parked:
             if self.arena.first[slot].any():
                 self.arena.drop(slot)
-            elif len(self._tenants) > 1:
+            elif self.arena.pool.tenants > 1:
                 self.arena.retenant(slot, owner)
             self.lengths.measure_one(slot)
             del self._parked[slot]
         else:
             del self._empty[slot]
-        self.tenant[slot] = owner
+        self.tenant[slot], self.names[slot] = owner, tenant
         self.generation[slot] += 1
-
-    def tenant_of(self, slot: int) -> object:
-        """The tenant that an open slot was taken for."""
-        owner = self.tenant.item(slot)
-        return next(key for key, value in self._tenants.items() if value == owner)
 
     # ---- closing -----------------------------------------------------------------------------
     def close(self, slot: int) -> None:
@@ -142,6 +139,12 @@ class Slots:
                 self.lengths.room[dirty] = 0
                 self._empty[dirty] = None
 
+    def retained(self) -> int:
+        """Pages that are mapped without a live token."""
+        arena = self.arena
+        kept = np.maximum(arena.first, self.lengths.needed_pages()[:, None])
+        return int(np.maximum(arena.last - kept, 0).sum())
+
     def reclaim(self, pages: int) -> int:
         """Unmap up to ``pages`` pages without a live token, parked slots first."""
         gone, epoch = 0, self.arena.pool.quarantine.epoch
@@ -151,10 +154,10 @@ class Slots:
                 self.lengths.room[slot] = 0
                 del self._parked[slot]
                 self._empty[slot] = None
+        needed = self.lengths.needed_pages()
         for slot in self.open_slots():
             if gone < pages and not self.arena.pins[slot]:
-                keep = self.lengths.layout.pages(self.lengths.tokens.item(slot))
-                gone += self.arena.trim(slot, 0, keep)
+                gone += self.arena.trim(slot, 0, needed.item(slot))
                 self.lengths.measure_one(slot)
         self.arena.pool.drain()
         return gone

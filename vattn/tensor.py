@@ -29,8 +29,10 @@ class Window:
         self.arena, self.dtype = arena, dtype
         self.item_bytes = dtype.itemsize
         self._buffer = ctypes.c_char * (arena.pages * arena.page_bytes)
-        # For our own short accesses: no lease, so nothing may keep it.
-        self._whole = torch.frombuffer(self._buffer.from_address(arena.address), dtype=dtype)
+        # For our own short accesses: no lease, so nothing may keep it. An ordinary tensor even if
+        # the cache is made under inference_mode, so that later turns may write outside of it.
+        with torch.inference_mode(False):
+            self._whole = torch.frombuffer(self._buffer.from_address(arena.address), dtype=dtype)
 
     def access(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
         """A tensor at byte ``offset`` for use within one call; it keeps nothing mapped."""
