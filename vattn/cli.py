@@ -128,7 +128,7 @@ def draw_map(
     ] = None,
     page_bytes: PageBytes = "4096",
     rows: Rows = None,
-    width: Annotated[int, typer.Option(help="Characters of a line of pages.")] = 64,
+    width: Annotated[int, typer.Option(min=8, help="Characters of a line of pages.")] = 64,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
@@ -167,7 +167,8 @@ def plan(
         list[int] | None, typer.Option(help="Lengths to give the waste at; repeatable.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens reserved per sequence. Default: the model's context.")
+        int | None,
+        typer.Option(min=1, help="Tokens reserved per sequence. Default: the model's context."),
     ] = None,
     dtype: Dtype = "auto",
     target: Annotated[str, typer.Option(help="host or cuda: the page sizes to consider.")] = "host",
@@ -249,7 +250,7 @@ def parse_bytes(text: str | None, option: str) -> int | None:
     shift = {"K": 10, "M": 20, "G": 30, "T": 40}.get(plain[-1:], 0)
     try:
         value = int(float(plain[:-1] if shift else plain) * (1 << shift))
-    except ValueError:
+    except (ValueError, OverflowError):
         value = 0
     if value <= 0:
         raise OptionError(f"{option} takes bytes such as 65536, 64K or 2M, got {text!r}")
@@ -276,4 +277,6 @@ def _saved_map(path: Path) -> Any:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise MapError(f"{path} is no JSON: {error}") from error
+    if not isinstance(saved, dict):
+        raise MapError(f"{path} holds a {type(saved).__name__}; pass what `vattn map --json` wrote")
     return MemoryMap.from_dict(saved)

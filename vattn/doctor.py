@@ -255,7 +255,7 @@ def _choices(probes: tuple[Probe, ...], gpus: tuple[Gpu, ...]) -> list[Choice]:
         ),
         Choice(
             "huge pages",
-            "for warm 2 MiB pages" if collapse else "none",
+            "on request (allocator.warm)" if collapse else "none",
             "MADV_COLLAPSE works here" if collapse else "the kernel refuses MADV_COLLAPSE",
         ),
         Choice(

@@ -98,8 +98,15 @@ class ModelShape:
 
 def _optional(config: Mapping[str, Any], *names: str) -> int | None:
     for name in names:
-        if config.get(name) is not None:
-            return int(config[name])
+        if config.get(name) is None:
+            continue
+        try:
+            value = int(config[name])
+        except (TypeError, ValueError):
+            value = -1
+        if value < 0:
+            raise ConfigError(f"{name} must be an int >= 0, got {config[name]!r}")
+        return value
     return None
 
 
@@ -107,6 +114,8 @@ def _first(config: Mapping[str, Any], model: str, *names: str) -> int:
     value = _optional(config, *names)
     if value is None:
         raise ConfigError(f"the config of {model} has none of the fields {', '.join(names)}")
+    if value == 0:
+        raise ConfigError(f"the config of {model} has 0 for {' or '.join(names)}; 1 is the least")
     return value
 
 
