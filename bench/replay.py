@@ -42,6 +42,7 @@ class Totals:
     peak_used: int = 0
     peak_needed: int = 0
     peak_sequences: int = 0
+    calls: int = 0  # to the system
     late: int = 0  # times that pages were short until the next step boundary
 
     @property
@@ -60,6 +61,7 @@ class Replay:
     layout: Layout
     requests: list[Request]
     budget_bytes: int = 1 << 60
+    retain_bytes: int | None = None
     audit: Callable[[KVCache], object] = lambda cache: None
     audits: int = 6
     totals: Totals = field(default_factory=Totals)
@@ -69,7 +71,12 @@ class Replay:
         arrivals = [int(request.at / STEP_SECONDS) for request in self.requests]
         slots = peak_sequences(self.requests)
         every = max(1, len(self.requests) // self.audits)
-        with KVCache(self.layout, slots=slots, budget_bytes=self.budget_bytes) as cache:
+        with KVCache(
+            self.layout,
+            slots=slots,
+            budget_bytes=self.budget_bytes,
+            retain_bytes=self.retain_bytes,
+        ) as cache:
             crowd = Crowd(cache, self.totals)
             step = 0
             for number, request in enumerate(self.requests):
@@ -79,6 +86,7 @@ class Replay:
                     self.audit(cache)
             self._until(crowd, step, 1 << 62)
             self.audit(cache)
+            self.totals.calls = sum(cache.pool.backend.calls.values())
         return self.totals
 
     def _until(self, crowd: Crowd, step: int, end: int) -> int:

@@ -8,7 +8,10 @@ row is written. A live replay reports two senses of mapped:
     mapped   every page mapped, those included that are mapped ahead, left over in an adopted slot,
              or parked in closed slots: reclaimable at once           mapped / used
 
-and how little is enough: `budget` replays with the pages that live rows need at their peak as the
+`lean` is the same with ``retain_bytes=0``: nothing is kept for the next sequence, so every page
+that is mapped anywhere counts, at the price of more system calls.
+
+How little is enough: `budget` replays with the pages that live rows need at their peak as the
 budget of all pages; the gate is red if a request is ever refused. Rivals hold the same tokens:
 blocks of 16, and a reservation of the trace's longest request for each.
 """
@@ -152,9 +155,27 @@ def live(bench: Bench, name: str, requests: list[Request], layers: int) -> None:
         retained_share=(totals.ahead + totals.parked) / max(1, totals.mapped),
         open_sequences_share=totals.ahead / max(1, totals.mapped),
         parked_share=totals.parked / max(1, totals.mapped),
+        calls_a_request=totals.calls / len(requests),
         **facts,
     )
+    lean(bench, name, layout, requests)
     budget(bench, name, layout, requests, totals)
+
+
+def lean(bench: Bench, name: str, layout: Layout, requests: list[Request]) -> None:
+    """The same with nothing retained: every page that is mapped anywhere, against the rows."""
+    totals = Totals()
+    verdict = attempt(Replay(layout, requests, audit=count, retain_bytes=0, totals=totals))
+    bench.figure(
+        f"{name}/live/lean",
+        totals.mapped / max(1, totals.used),
+        "mapped/used",
+        gate=partial(went_through, verdict, totals),
+        target=f"<= {TARGET}",
+        peer="16-token blocks",
+        peer_value=totals.paged / max(1, totals.used),
+        calls_a_request=totals.calls / len(requests),
+    )
 
 
 def budget(bench: Bench, name: str, layout: Layout, requests: list[Request], free: Totals) -> None:

@@ -60,7 +60,8 @@ class KVCache:
         budget_bytes: most bytes of pages; 80% of the available memory by default.
         pool: share another cache's pool (and budget) instead of making one.
         retain_bytes: most bytes of pages without a live token (parked slots, mapped ahead) that
-            stay mapped over a step boundary; None keeps all until somebody needs them.
+            stay mapped over a step boundary; None keeps all until somebody needs them, which
+            costs no system call in steady state, 0 maps exactly what is in use.
         zero_backed: unmapped rows read as zeros: `static_view` shows all ``max_tokens``.
         trace: record every map and unmap in ``cache.trace``, see `allocator.trace`.
 
@@ -113,7 +114,9 @@ class KVCache:
         if self.trace is not None:
             base, slot_bytes = self.arena.address, layout.slot_bytes
             self.trace.owner_of = lambda address: f"slot {(address - base) // slot_bytes}"
-        self._rows, self._frontiers = Rows(layout, self.arena), Lengths(layout, self.arena)
+        self._rows = Rows(layout, self.arena)
+        # What is mapped ahead holds no token: with nothing retained it would go at once.
+        self._frontiers = Lengths(layout, self.arena, ahead=retain_bytes != 0)
         self.dtype = self._rows.dtype
         # The same arrays, for everybody who looks: see `Lengths`.
         self.lengths, self.starts = self._frontiers.lengths, self._frontiers.starts
@@ -225,7 +228,7 @@ class KVCache:
         batch = self.batch(sequences)
         if type(tokens) is not int or tokens != 1:
             tokens = self._frontiers.check_tokens(tokens, len(batch.slots))
-        return self._frontiers.plan(batch, tokens, ahead=ahead)
+        return self._frontiers.plan(batch, tokens, ahead=ahead and self._frontiers.ahead)
 
     def extend(self, sequences: Seq[Sequence] | Batch, tokens: int | Ints = 1) -> None:
         """Map pages for ``tokens`` more tokens of every sequence, or for none.

@@ -27,8 +27,8 @@ AHEAD = 128
 class Lengths:
     """The frontiers of all slots of an arena."""
 
-    def __init__(self, layout: Layout, arena: Arena) -> None:
-        self.layout, self.arena = layout, arena
+    def __init__(self, layout: Layout, arena: Arena, *, ahead: bool = True) -> None:
+        self.layout, self.arena, self.ahead = layout, arena, ahead
         slots, layers = arena.slots, layout.physical_layers
         self.lengths = np.zeros((slots, layers), np.int64)
         self.starts = np.zeros((slots, layers), np.int64)
@@ -65,7 +65,7 @@ class Lengths:
 
     def extend(self, batch: Batch, tokens: int | Ints) -> None:
         """See `KVCache.extend`."""
-        plan = self.plan(batch, tokens, ahead=True)
+        plan = self.plan(batch, tokens, ahead=self.ahead)
         if plan is None:
             return
         before = self.promised[batch.pick].copy()
