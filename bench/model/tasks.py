@@ -265,8 +265,9 @@ def copy_sequence(filler: bytes, length: int, rng: random.Random) -> tuple[bytes
     """Random strings that come back, at once or between excerpts: dense practice of copying."""
     if rng.random() < 0.8:
         return periodic_sequence(filler, length, rng)
-    data, weights, seen = bytearray(), [], []
-    position = 0
+    data, position = bytearray(), 0
+    weights: list[float] = []
+    seen: list[bytes] = []
     while len(data) < length:
         if seen and rng.random() < 0.6:
             piece = rng.choice(seen)
