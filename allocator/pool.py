@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from .errors import ClosedError, DriverError, OutOfPages, OutOfRange, PageStateError
 from .laws import check_pool
 from .quarantine import PageIds, Quarantine
-from .table import FREE, MAPPED, MIXED, QUARANTINED, WARM, PageTable, Taken
+from .table import FREE, MAPPED, MIXED, QUARANTINED, WARM, PageTable, Taken, distinct
 from .turn import Turn
 from .vmm import Backend
 from .warmqueue import WarmQueue, runs
@@ -143,7 +143,7 @@ class Pool:
         n = len(goals)
         if n > self.free:
             raise OutOfPages(n, self.free, self.pending, self.page_bytes)
-        if n > 1 and not (goals[1:] > goals[:-1]).all() and len(np.unique(goals)) < n:
+        if n > 1 and not (goals[1:] > goals[:-1]).all() and len(distinct(goals)) < n:
             raise PageStateError("one page was asked for twice in one call")
         ids, before = goals, self.table.state[goals]
         if before.any() or (self.warm and use_warm):
@@ -234,7 +234,7 @@ class Pool:
         self._check_mapped(ids, "given back")
         np.subtract.at(self.table.refs, ids, 1)
         left = self.table.refs[ids]
-        dead = np.unique(ids[left <= 0])
+        dead = distinct(ids[left <= 0])
         if not len(dead):
             return
         if int(left.min()) < 0:

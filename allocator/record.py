@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .errors import MapLimitError
 from .quarantine import PageIds
+from .table import distinct
 from .vmm import Backend
 
 Ints = NDArray[np.int64]
@@ -148,7 +149,11 @@ class Record:
 
     def _borders(self, pages: Ints) -> int:
         """Borders of kernel maps before or behind any of ``pages``."""
-        left = np.unique(np.concatenate([pages - 1, pages]))
+        if not len(pages):
+            return 0
+        pages = distinct(pages)
+        heads = pages[np.concatenate([[True], pages[1:] - 1 != pages[:-1]])]
+        left = np.concatenate([heads - 1, pages])
         left = left[(left >= 0) & (left < self.pages - 1)]
         a, b = self.entry[left], self.entry[left + 1]
         return int(np.count_nonzero(((a | b) != 0) & ((a == 0) | (b == 0) | (b - a != 1))))

@@ -31,6 +31,15 @@ class Taken:
     owners: NDArray[np.int32]
 
 
+def distinct(values: PageIds) -> PageIds:
+    """The values, each once, ascending. They mostly are already, and then this costs one compare;
+    np.unique would hash them all."""
+    if len(values) < 2 or (values[1:] > values[:-1]).all():
+        return values
+    values = np.sort(values)
+    return values[np.concatenate([[True], values[1:] != values[:-1]])]
+
+
 class PageTable:
     """One row per id: ``state``, ``refs`` (addresses and exports), ``owner`` (tenant)."""
 

@@ -28,6 +28,7 @@ PAGE_TOKENS = 64
 MAX_TOKENS = 16384
 TARGETS = {256: "<= 10", 1024: "<= 15"}
 AHEAD = 128  # at most one page in so many is mapped before it is needed
+MANY_LANES = 32  # sequences of the default layout: 1,024 kernel maps each
 RIVAL = "vllm"
 RIVAL_SEQUENCES = 256
 
@@ -46,6 +47,13 @@ def run(bench: Bench) -> None:
                 target=target,
                 pages_a_step=count / PAGE_TOKENS,
             )
+    bench.figure(
+        f"plan_step/{MANY_LANES}/default_layout",
+        partial(many_lanes, bench, repeat),
+        "us",
+        gate=partial(lanes_agree, bench),
+        lanes=default_layout().lanes,
+    )
     rival = open_rival(bench)
     peer = bench.measure(rival, clock="thread", repeat=bench.pick(300, 50)) if rival else None
     for count in TARGETS:
@@ -101,6 +109,34 @@ def step(cache: KVCache, batch: Batch) -> None:
     cache.commit(batch, 1)
 
 
+def default_layout() -> Layout:
+    """What a KVCache of an 8B model takes by itself: head-major rows, 512 lanes of 8 KiB pages."""
+    return Layout(32, 8, 128, MAX_TOKENS)
+
+
+def spread(bench: Bench) -> tuple[KVCache, Batch]:
+    """Sequences of the default layout, one of which crosses into a new page at every step."""
+    cache = KVCache(default_layout(), slots=MANY_LANES, budget_bytes=1 << 60)
+    sequences = cache.open_batch(MANY_LANES)
+    for i, sequence in enumerate(sequences):
+        cache.extend([sequence], 96 + i)
+        cache.commit([sequence], 96 + i)
+    return cache, cache.batch(sequences)
+
+
+def many_lanes(bench: Bench, repeat: int) -> Any:
+    """Time `KVCache.plan` where a page of a sequence is 512 pages, one a lane."""
+    cache, batch = spread(bench)
+    with cache:
+        return bench.measure(
+            lambda _: cache.plan(batch),
+            setup=partial(step, cache, batch),
+            clock="thread",
+            warmup=40,
+            repeat=min(repeat, 300),
+        )
+
+
 # ---- gates ---------------------------------------------------------------------------------------
 def agrees(bench: Bench, count: int, shuffled: bool) -> bool:
     """Step after step, the plan is what plain Python says, and growing maps exactly that."""
@@ -123,6 +159,26 @@ def agrees(bench: Bench, count: int, shuffled: bool) -> bool:
             step(cache, batch)
             assert (last == expected).all(), "the pages that were mapped"
         cache.check()  # what is recorded as mapped agrees with `last`
+    return True
+
+
+def lanes_agree(bench: Bench) -> bool:
+    """Every plan names the next page of each lane of the sequences that are full, and no other."""
+    cache, batch = spread(bench)
+    with cache:
+        for turn in range(40):
+            full = [s.slot for s in batch.sequences if cache.tokens[s.slot] == cache.room[s.slot]]
+            plan = cache.plan(batch, ahead=False)
+            pages = [] if plan is None else sorted(plan.pages.tolist())
+            arena = cache.arena
+            lanes = [
+                slot * arena.slot_pages + lane * arena.lane_pages + int(arena.last[slot, lane])
+                for slot in full
+                for lane in range(arena.lanes)
+            ]
+            assert pages == sorted(lanes), f"step {turn}"
+            step(cache, batch)
+        cache.check()
     return True
 
 
