@@ -392,9 +392,12 @@ class Arena(Frontiers):
         page = self.run_at(source, full)
         if page is None or self.last_flat.item(target):
             return False
-        if (self.pool.table.owner[page : page + full] != tenant).any():
+        owner = self.pool.table.owner[page : page + full]
+        if self.pool.tenants > 1 and (owner != tenant).any():
             return False
-        self.record.map_run(target * self.slot_pages, page, full)
+        start = source * self.slot_pages
+        entries = self.entry[start : start + full]
+        self.record.map_run(target * self.slot_pages, page, full, entries)
         self.pool.share_run(page, full)
         self.last_flat[target] = full
         self.shared_to[target] = full

@@ -68,7 +68,7 @@ class Record:
         self._count(self._borders(pages) - before)
         return old
 
-    def map_run(self, page: int, first: int, count: int) -> None:
+    def map_run(self, page: int, first: int, count: int, entries: Ints | None = None) -> None:
         """`change` for ``count`` unmapped pages from ``page`` on, which get the ids ``first ..``:
         one call, and only the two ends can be borders.
 
@@ -88,7 +88,9 @@ class Record:
         if count == 1:
             entry[page] = first + 1
         else:
-            entry[page:end] = np.arange(first + 1, first + count + 1)
+            # The caller may have those entries at hand: an alias copies its source's.
+            known = np.arange(first + 1, first + count + 1) if entries is None else entries
+            entry[page:end] = known
         if change:
             self._count(change)
 

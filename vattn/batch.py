@@ -24,10 +24,11 @@ class Batch(NamedTuple):
     consecutive: bool
     pick: slice | Ints  # picks the slots of an array; a slice, which is quicker, if consecutive
     generations: Ints  # of the slots, when the batch was made
+    closings: int  # of the cache until then: while it stays, no slot need be looked at
     tenant: int | Ints  # of all sequences; where they differ, one for each slot of the cache
 
 
-def batch_of(cache: KVCache, sequences: list[Sequence]) -> Batch:
+def batch_of(cache: KVCache, sequences: list[Sequence], closings: int) -> Batch:
     """A batch of open sequences, one or more, that differ."""
     slots = np.array([sequence.slot for sequence in sequences], np.int64)
     consecutive = bool((slots[1:] - slots[:-1] == 1).all())
@@ -36,4 +37,5 @@ def batch_of(cache: KVCache, sequences: list[Sequence]) -> Batch:
     if any(sequence.tenant != tenant for sequence in sequences):
         tenant = np.zeros(cache.slots, np.int64)
         tenant[slots] = [sequence.tenant for sequence in sequences]
-    return Batch(cache, sequences, slots, consecutive, pick, cache.opened[pick].copy(), tenant)
+    opened = cache.opened[pick].copy()
+    return Batch(cache, sequences, slots, consecutive, pick, opened, closings, tenant)

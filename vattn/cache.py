@@ -195,8 +195,9 @@ class KVCache:
         """
         if isinstance(sequences, Batch):
             # A slot may have been closed, and opened by another tenant, since the batch was made.
-            if sequences.cache is not self or np.logical_or.reduce(
-                self.opened[sequences.pick] != sequences.generations
+            if sequences.cache is not self or (
+                sequences.closings != self._slots.closings
+                and np.logical_or.reduce(self.opened[sequences.pick] != sequences.generations)
             ):
                 raise ClosedError(
                     "a sequence of this batch was closed, or is another cache's; make a new batch"
@@ -214,7 +215,7 @@ class KVCache:
         slots = [sequence.slot for sequence in many]
         if len(set(slots)) != len(slots):
             raise LayoutError(f"a sequence appears twice in the batch: slots {slots}")
-        return batch_of(self, many)
+        return batch_of(self, many, self._slots.closings)
 
     # ---- growing -------------------------------------------------------------------------------
     def plan(
@@ -392,10 +393,10 @@ class KVCache:
         """
         source = self._slot(sequence)
         tokens = int(self.tokens[source]) if tokens is None else tokens
-        if not int(self.starts[source].max()) <= tokens <= int(self.tokens[source]):
+        start, end = int(np.maximum.reduce(self.starts[source])), self.tokens.item(source)
+        if not start <= tokens <= end:
             raise PrefixError(
-                f"a prefix of {tokens} tokens is wanted; slot {source} holds "
-                f"{int(self.starts[source].max())}..{int(self.tokens[source])}"
+                f"a prefix of {tokens} tokens is wanted; slot {source} holds {start}..{end}"
             )
         child = self.open(empty=True, tenant=self._slots.names[source])
         try:
@@ -537,7 +538,9 @@ class KVCache:
         if full or tail:
             self.arena.alias(source.slot, target.slot, full, tail, tenant=source.tenant)
         self._frontiers.copy(source.slot, target.slot, tokens)
-        if self.starts[target.slot].any():  # the donor's window may have released more than went
+        if np.logical_or.reduce(
+            self.starts[target.slot]
+        ):  # the donor's window may have released more than went
             self._slots.mark(target.slot)
 
     def _of_one_tenant(self, sequences: Seq[Sequence] | Batch) -> Batch:

@@ -42,15 +42,18 @@ class Lengths:
     def plan(self, batch: Batch, tokens: int | Ints, *, ahead: bool) -> GrowPlan | None:
         """See `KVCache.plan`."""
         # This runs at every step of every sequence: few calls, and ufunc.reduce instead of methods.
+        if ahead and type(tokens) is int and tokens == 1 <= self._page_tokens:  # a decode step
+            full = (self.tokens[batch.pick] >= self.room[batch.pick]).nonzero()[0]
+            if not len(full):
+                return None
+            plan = self.arena.plan_next(batch.slots[full], AHEAD)
+            if plan is not None:
+                return plan
         want = self.tokens[batch.pick] + tokens
         short = (want > self.room[batch.pick]).nonzero()[0]
         if not len(short):
             return None
         slots = batch.slots[short]
-        if ahead and type(tokens) is int and tokens == 1 <= self._page_tokens:  # a decode step
-            plan = self.arena.plan_next(slots, AHEAD)
-            if plan is not None:
-                return plan
         want = want[short]
         longest, limit = int(np.maximum.reduce(want)), self.layout.max_tokens
         if longest > limit:

@@ -27,6 +27,7 @@ class Slots:
         self.arena, self.lengths, self.count = arena, lengths, arena.slots
         self.generation = np.zeros(self.count, np.int64)
         self.tenant = np.zeros(self.count, np.int64)  # by number, see Pool.tenant
+        self.closings = 0
         self.names: dict[int, Hashable] = {}  # tenant of each open slot
         self._closed_at = np.zeros(self.count, np.int64)  # epoch
         # Ordered sets, the lowest slot last: popitem() is then the lowest, and costs nothing.
@@ -103,6 +104,7 @@ class Slots:
     def close(self, slot: int) -> None:
         """Park an open slot, still mapped; let go of pages that other slots share."""
         self.generation[slot] += 1
+        self.closings += 1
         self.lengths.clear(slot)
         self._closed_at[slot] = self.arena.pool.quarantine.epoch
         if self.arena.shared_to.item(slot) or slot in self._dirty:
