@@ -143,7 +143,7 @@ class Pool:
         n = len(goals)
         if n > self.free:
             raise OutOfPages(n, self.free, self.pending, self.page_bytes)
-        if n > 1 and not (goals[1:] > goals[:-1]).all() and len(distinct(goals)) < n:
+        if len(distinct(goals)) < n:
             raise PageStateError("one page was asked for twice in one call")
         ids, before = goals, self.table.state[goals]
         if before.any() or (self.warm and use_warm):

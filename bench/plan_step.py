@@ -85,13 +85,16 @@ def staggered(bench: Bench, count: int, shuffled: bool) -> tuple[KVCache, Batch]
 
 def plans(bench: Bench, count: int, shuffled: bool, repeat: int) -> Any:
     """Time `KVCache.plan`; between two calls every sequence becomes a token longer."""
-    cache, batch = staggered(bench, count, shuffled)
+    return timed_plans(bench, *staggered(bench, count, shuffled), warmup=100, repeat=repeat)
+
+
+def timed_plans(bench: Bench, cache: KVCache, batch: Batch, *, warmup: int, repeat: int) -> Any:
     with cache:
         return bench.measure(
             lambda _: cache.plan(batch),
             setup=partial(step, cache, batch),
             clock="thread",
-            warmup=100,
+            warmup=warmup,
             repeat=repeat,
         )
 
@@ -126,15 +129,7 @@ def spread(bench: Bench) -> tuple[KVCache, Batch]:
 
 def many_lanes(bench: Bench, repeat: int) -> Any:
     """Time `KVCache.plan` where a page of a sequence is 512 pages, one a lane."""
-    cache, batch = spread(bench)
-    with cache:
-        return bench.measure(
-            lambda _: cache.plan(batch),
-            setup=partial(step, cache, batch),
-            clock="thread",
-            warmup=40,
-            repeat=min(repeat, 300),
-        )
+    return timed_plans(bench, *spread(bench), warmup=40, repeat=min(repeat, 300))
 
 
 # ---- gates ---------------------------------------------------------------------------------------

@@ -227,8 +227,7 @@ class KVCache:
             OutOfRange: a sequence would outgrow ``max_tokens``.
         """
         batch = self.batch(sequences)
-        if type(tokens) is not int or tokens != 1:
-            tokens = self._frontiers.check_tokens(tokens, len(batch.slots))
+        tokens = self._frontiers.check_tokens(tokens, len(batch.slots))
         return self._frontiers.plan(batch, tokens, ahead=ahead and self._frontiers.ahead)
 
     def extend(self, sequences: Seq[Sequence] | Batch, tokens: int | Ints = 1) -> None:
@@ -241,8 +240,7 @@ class KVCache:
         """
         self._check_open()
         batch = self.batch(sequences)
-        if type(tokens) is not int or tokens != 1:
-            tokens = self._frontiers.check_tokens(tokens, len(batch.slots))
+        tokens = self._frontiers.check_tokens(tokens, len(batch.slots))
         self._frontiers.extend(batch, tokens)
 
     def append(
@@ -538,9 +536,8 @@ class KVCache:
         if full or tail:
             self.arena.alias(source.slot, target.slot, full, tail, tenant=source.tenant)
         self._frontiers.copy(source.slot, target.slot, tokens)
-        if np.logical_or.reduce(
-            self.starts[target.slot]
-        ):  # the donor's window may have released more than went
+        # The donor's window may have released more than went back yet.
+        if np.logical_or.reduce(self.starts[target.slot]):
             self._slots.mark(target.slot)
 
     def _of_one_tenant(self, sequences: Seq[Sequence] | Batch) -> Batch:

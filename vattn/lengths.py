@@ -74,23 +74,16 @@ class Lengths:
         before = self.promised[batch.pick].copy()
         self.promised[batch.pick] = self.tokens[batch.pick] + tokens
         try:
-            self.arena.grow(plan, tenant=batch.tenant)
-        except OutOfPages:  # then without mapping ahead
-            plan = self._grow_exactly(batch, tokens, before)
+            try:
+                self.arena.grow(plan, tenant=batch.tenant)
+            except OutOfPages:  # then without mapping ahead
+                plan = self.plan(batch, tokens, ahead=False)
+                assert plan is not None
+                self.arena.grow(plan, tenant=batch.tenant)
         except BaseException:
             self.promised[batch.pick] = before
             raise
         self.measure(plan.slots)
-
-    def _grow_exactly(self, batch: Batch, tokens: int | Ints, before: Ints) -> GrowPlan:
-        try:
-            plan = self.plan(batch, tokens, ahead=False)
-            assert plan is not None
-            self.arena.grow(plan, tenant=batch.tenant)
-        except BaseException:
-            self.promised[batch.pick] = before
-            raise
-        return plan
 
     def make_writable(self, batch: Batch, lengths: Ints, counts: int | Ints) -> None:
         """Make the rows ``lengths .. lengths + counts`` mapped and private.
@@ -130,6 +123,8 @@ class Lengths:
             LayoutError: not whole numbers, or not one for each. OutOfRange: negative, or beyond
             ``max_tokens``.
         """
+        if type(tokens) is int and tokens == 1:  # a decode step
+            return tokens
         counts = np.asarray(tokens)
         if counts.dtype.kind not in "iu" or counts.shape not in ((), (sequences,)):
             raise LayoutError(
