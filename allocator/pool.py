@@ -59,6 +59,7 @@ class Pool:
         self.total = self._budget_pages(budget_bytes)
         self.reclaimers: list[Callable[[int], None]] = []  # asked for pages before we refuse
         self.boundary: Callable[[], None] | None = None  # told of every step boundary
+        self.recall: Callable[[], None] | None = None  # whoever was lent pages: give them back
         self.table = PageTable()
         self._tenants: dict[Hashable, int] = {None: 0}
         self._arenas = 0
@@ -114,6 +115,8 @@ class Pool:
         """Ask the reclaimers for pages if fewer than ``n`` are free. True if any was asked: what
         was looked up before may have been unmapped."""
         asked = False
+        if n > self.free and self.lent and self.recall is not None:
+            self.recall()
         for reclaimer in self.reclaimers:
             if n > self.free:
                 asked = True

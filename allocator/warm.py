@@ -6,9 +6,10 @@
                                      return: they are free and warm
 
 The thread takes a turn of the pool to lend and to return (microseconds); the slow part, 0.2 ms to
-2 ms a page, runs outside of it and touches only pages that nobody else can take. Where the kernel
-refuses huge pages, `refused` says why, and the pages are warm all the same. It sleeps until a step
-boundary or a request wakes it, and ends with its context.
+2 ms a page, runs outside of it and touches only pages that nobody else can take. Who needs the
+budget of lent pages takes them back (`recall`), and waits for the page in hand at most. Where the
+kernel refuses huge pages, `refused` says why, and the pages are warm all the same. It sleeps until
+a step boundary or a request wakes it, and ends with its context.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from .pool import Pool
 from .quarantine import PageIds
 from .table import MAPPED
 
-BATCH_PAGES = 8  # lent at once: a caller who needs the budget waits for so many at most
+BATCH_PAGES = 8  # lent at once
+NONE: PageIds = np.zeros(0, np.int64)
 
 
 class Warmer:
@@ -50,11 +52,13 @@ class Warmer:
         self._wake = threading.Event()
         self._idle = threading.Event()
         self._closing = False
+        self._lent = NONE
+        self._work = threading.Lock()  # held while lent pages are touched; never around a turn
         self._thread = threading.Thread(target=self._run, name="vattn-warmer", daemon=True)
 
     def __enter__(self) -> Warmer:
         self._thread.start()
-        self.pool.boundary = self.wake
+        self.pool.boundary, self.pool.recall = self.wake, self.recall
         self.wake()
         return self
 
@@ -82,16 +86,26 @@ class Warmer:
         self._hot.append(np.unique(ids))
         self.wake()
 
+    def recall(self) -> None:
+        """Return the lent pages now, the page in hand being finished first. Within a turn."""
+        lent, self._lent = self._lent, NONE  # the thread stops at its next page
+        with self._work:
+            self.pool.return_warm(lent)
+
     def settle(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to do; False if that took longer than ``timeout`` seconds."""
         return self._idle.wait(timeout)
 
-    def close(self) -> None:
-        """End the thread, after the page in hand. Idempotent."""
+    def stop(self) -> None:
+        """Let the thread end after the page in hand; does not wait for it."""
         self._closing = True
         if self.pool.boundary == self.wake:
-            self.pool.boundary = None
+            self.pool.boundary = self.pool.recall = None
         self._wake.set()
+
+    def close(self) -> None:
+        """`stop`, and wait for the end. Idempotent."""
+        self.stop()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -119,18 +133,24 @@ class Warmer:
         if wanted <= 0:
             return False
         try:
-            ids = self.pool.lend(wanted)
+            with self.pool.turn:
+                lent = self._lent = self.pool.lend(wanted)
         except DriverError as error:
             self.refused = str(error)
             return False
         try:
-            for page in ids.tolist():
-                if not self._closing:
+            for page in lent.tolist():
+                with self._work:
+                    if self._closing or self._lent is not lent:
+                        break
                     self._commit(page, 1)
                     self.made += 1
         finally:
-            self.pool.return_warm(ids)
-        return len(ids) > 0
+            with self.pool.turn:
+                if self._lent is lent:
+                    self._lent = NONE
+                    self.pool.return_warm(lent)
+        return len(lent) > 0
 
     def _collapse_some(self) -> bool:
         """Collapse one extent of the requests, in a turn: its pages must stay who they are."""

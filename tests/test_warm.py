@@ -155,3 +155,26 @@ def test_stats_add_up() -> None:
     assert values["calls"]["map"] == 2
     arena.close()
     assert gather(pool, [arena]).reserved_bytes == 0
+
+
+def test_who_needs_the_budget_gets_lent_pages_back() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(HostBackend):
+        def warm(self, page: int, count: int) -> None:
+            begun.set()
+            assert go_on.wait(timeout=30)
+            super().warm(page, count)
+
+    pool = Pool(Slow(PAGE), budget_bytes=8 * PAGE)
+    arena = Arena(pool, slots=1, lanes=1, lane_pages=8)
+    with Warmer(pool, low_bytes=8 * PAGE) as warmer:
+        assert begun.wait(timeout=30)
+        assert (pool.lent, pool.free) == (8, 0)
+        threading.Timer(0.05, go_on.set).start()
+        arena.grow_to(0, 8)  # waits for the page in hand, not for all eight
+        assert (pool.lent, pool.mapped, warmer.made) == (0, 8, 1)
+        arena.check()
+        pool.check()
+    arena.close()
+    pool.close()

@@ -28,6 +28,7 @@ from .allocator.host import HostBackend
 from .allocator.pool import Pool
 from .allocator.trace import Trace, TracedBackend
 from .allocator.vmm import Backend
+from .allocator.warm import Warmer
 from .batch import Batch, Ints, batch_of
 from .layout import Layout, LayoutError
 from .lengths import Lengths
@@ -62,6 +63,9 @@ class KVCache:
         retain_bytes: most bytes of pages without a live token (parked slots, mapped ahead) that
             stay mapped over a step boundary; None keeps all until somebody needs them, which
             costs no system call in steady state, 0 maps exactly what is in use.
+        warm_bytes: bytes of free pages that a background thread keeps ready (as huge pages where
+            the kernel will), so that growing never waits for the kernel to zero memory; they are
+            held, within the budget. ``cache.warmer`` says what it did.
         zero_backed: unmapped rows read as zeros: `static_view` shows all ``max_tokens``.
         trace: record every map and unmap in ``cache.trace``, see `allocator.trace`.
 
@@ -79,6 +83,7 @@ class KVCache:
         budget_bytes: int | None = None,
         pool: Pool | None = None,
         retain_bytes: int | None = None,
+        warm_bytes: int = 0,
         zero_backed: bool = False,
         trace: bool = False,
     ) -> None:
@@ -95,8 +100,11 @@ class KVCache:
             raise LayoutError(
                 f"the pool has pages of {pool.page_bytes} bytes, the layout of {layout.page}"
             )
-        elif trace:
-            raise LayoutError("trace=True needs a pool of the cache's own: leave pool out")
+        elif trace or warm_bytes:
+            raise LayoutError(
+                "trace and warm_bytes need a pool of the cache's own: leave pool out, or trace and "
+                "warm where the pool is made"
+            )
         self.layout, self.pool, self.slots = layout, pool, slots
         self.retain_bytes = retain_bytes
         try:
@@ -127,7 +135,13 @@ class KVCache:
         self._reclaim = _weak_reclaimer(self)
         pool.reclaimers.append(self._reclaim)
         weakref.finalize(self, _forget, pool.reclaimers, self._reclaim)
+        self.warmer: Warmer | None = None
         self.closed = False
+        if warm_bytes:
+            self.warmer = Warmer(pool, low_bytes=warm_bytes)
+            # A destructor must not wait for a thread that may wait for the turn it interrupts.
+            weakref.finalize(self, self.warmer.stop)
+            self.warmer.__enter__()
 
     # ---- opening -------------------------------------------------------------------------------
     def open(
@@ -481,14 +495,15 @@ class KVCache:
         self._check_open()
         self.pool.set_budget(budget_bytes)
 
-    def stats(self) -> Usage:
-        """Bytes reserved, mapped, used, retained, wasted and pending; pages, maps and calls.
+    def stats(self, *, huge: bool = False) -> Usage:
+        """Bytes reserved, mapped, used, retained, wasted and pending; pages, maps and calls; with
+        ``huge`` also the bytes behind huge pages, which takes milliseconds.
 
         Raises:
             ClosedError: the cache is closed.
         """
         self._check_open()
-        return measure(self)
+        return measure(self, huge=huge)
 
     def close(self) -> None:
         """Close every sequence and give everything back; what a live view still shows stays mapped
@@ -496,6 +511,8 @@ class KVCache:
         if self.closed:
             return
         self.closed = True
+        if self.warmer is not None and not self.arena.turn.foreign:
+            self.warmer.close()
         _forget(self.pool.reclaimers, self._reclaim)
         self.arena.close()
         if self._own_pool:

@@ -28,6 +28,8 @@ class Usage:
     wasted_bytes: int
     retained_bytes: int
     pending_bytes: int
+    warm_bytes: int  # free pages that keep their bytes for quick reuse
+    huge_bytes: int | None  # behind huge pages; None unless asked for
     resident_bytes: int
     budget_bytes: int
     shared_bytes: int  # saved by aliasing: mapped at more addresses than one
@@ -43,7 +45,7 @@ class Usage:
         return asdict(self)
 
 
-def measure(cache: KVCache) -> Usage:
+def measure(cache: KVCache, *, huge: bool = False) -> Usage:
     """Count the bytes of a cache; costs a pass over its mapped pages."""
     layout, arena, pool = cache.layout, cache.arena, cache.pool
     ids, live = page_rows(cache)
@@ -59,6 +61,8 @@ def measure(cache: KVCache) -> Usage:
         wasted_bytes=held * layout.page - used,
         retained_bytes=(len(last) - held) * layout.page,
         pending_bytes=pool.pending * layout.page,
+        warm_bytes=pool.warm * layout.page,
+        huge_bytes=backend.huge_bytes() if huge else None,
         resident_bytes=backend.resident_bytes(),
         budget_bytes=pool.total * layout.page,
         shared_bytes=(len(ids) - len(last)) * layout.page,
