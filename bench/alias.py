@@ -5,12 +5,16 @@ is mapped, only a few rows are ever written. `Sequence.share` takes one map call
 layers side by side, 64 with K and V of each layer in a lane of its own, 512 with each head in one.
 `tail` shares 32k tokens and 5 more, whose page is copied. Wall clock.
 
+`floor` is the one system call of all_layers alone: the kernel's mmap of the prefix at a second
+address, through the same ctypes, with the same work between two calls.
+
 The rival copies the same rows: torch's `copy_` between touched buffers of 256 MiB, a sixteenth of
 the work, scaled up to 4 GiB.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -55,6 +59,12 @@ def run(bench: Bench) -> None:
                 pages=layout.lanes * layout.pages(TOKENS),
                 bytes=TOKENS * layout.bytes_per_token,
             )
+    bench.figure(
+        "alias/floor",
+        partial(floor, bench, layouts["all_layers"], bench.pick(500, 50)),
+        "us",
+        gate=partial(maps, layouts["all_layers"]),
+    )
 
 
 @contextmanager
@@ -80,6 +90,25 @@ def sharing(bench: Bench, layout: Layout, tokens: int, repeat: int) -> Sample:
         return bench.measure(
             lambda _: children.append(parent.share(tokens)), setup=clear, warmup=1, repeat=repeat
         )
+
+
+def floor(bench: Bench, layout: Layout, repeat: int) -> Sample:
+    """Time the map call of `sharing` alone, with the same work between two calls."""
+    with donor(layout, TOKENS) as (cache, parent):
+        backend, pages = cache.pool.backend, layout.pages(TOKENS)
+        source, target = cache.arena.home, cache.arena.address + 2 * layout.slot_bytes
+
+        def clear() -> None:
+            backend.unmap(target, source, pages)
+            parent.share(TOKENS).close()
+            cache.advance()
+
+        backend.map(target, source, pages)
+        sample = bench.measure(
+            lambda _: backend.map(target, source, pages), setup=clear, warmup=1, repeat=repeat
+        )
+        backend.unmap(target, source, pages)
+        return sample
 
 
 def scaled_copy(bench: Bench) -> Sample:
@@ -123,6 +152,19 @@ def shares(bench: Bench, layout: Layout, tokens: int) -> bool:
             assert torch.equal(child.k[layer][:, -3:], behind[0, 0]), "the child's own K"
             assert torch.equal(child.v[layer][:, -3:], behind[1, 0]), "the child's own V"
         cache.check()
+    return True
+
+
+def maps(layout: Layout) -> bool:
+    """The call of `floor` shows the donor's bytes at the second address."""
+    with donor(layout, TOKENS) as (cache, _):
+        backend, pages = cache.pool.backend, layout.pages(TOKENS)
+        source, target = cache.arena.home, cache.arena.address + 2 * layout.slot_bytes
+        backend.map(target, source, pages)
+        for at in (0, TOKENS * layout.bytes_per_token - 8):
+            ctypes.memset(cache.arena.address + at, 7, 8)
+            assert ctypes.string_at(target + at, 8) == b"\7" * 8, "other bytes"
+        backend.unmap(target, source, pages)
     return True
 
 

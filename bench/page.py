@@ -5,7 +5,8 @@
     elsewhere  a warm page that is mapped far from its home: another system call
     cold       its bytes are made by the write, 4 KiB at a time
 
-`ready` is the time until the first byte is written, `filled` until all 2 MiB are: a memset, which
+`floor` is a warm page's one system call and the write, without pool, record and turn. `ready` is
+the time until the first byte is written, `filled` until all 2 MiB are: a memset, which
 on a cold page is 512 page faults. Rivals are new anonymous memory (mmap) and a new torch tensor,
 kept alive as a growing cache would. Wall clock, so a busy machine shows in the 99th percentile.
 """
@@ -56,6 +57,13 @@ def run(bench: Bench) -> None:
                     peer_value=sample.p99 * 1e6,
                     huge_share=huge_share(kind),
                 )
+    bench.figure(
+        "page/ready/floor",
+        partial(growing, bench, "warm", 1, repeat, Source.map_alone),
+        "us",
+        gate=maps,
+        stat="p99",
+    )
 
 
 class Source:
@@ -90,6 +98,12 @@ class Source:
         self.arena.grow_to(0, to)
         ctypes.memset(self.arena.address + (to - 1) * PAGE, to, nbytes)
 
+    def map_alone(self, nbytes: int, to: int) -> None:
+        """What no allocator can leave out of `grow`. Nothing is recorded, so `turn` starts anew."""
+        address = self.arena.address + (to - 1) * PAGE
+        self.pool.backend.map(address, self.arena.home + to - 1, 1)
+        ctypes.memset(address, to, nbytes)
+
     def _arena(self) -> Arena:
         return Arena(self.pool, slots=1, lanes=1, lane_pages=PAGES)
 
@@ -119,11 +133,17 @@ class Source:
         self.pool.advance()
 
 
-def growing(bench: Bench, kind: str, nbytes: int, repeat: int) -> Sample:
+def growing(
+    bench: Bench,
+    kind: str,
+    nbytes: int,
+    repeat: int,
+    grow: Callable[[Source, int, int], None] = Source.grow,
+) -> Sample:
     """Time one page after the other."""
     with closing(Source(kind)) as source:
         return bench.measure(
-            partial(source.grow, nbytes), setup=source.turn, warmup=PAGES, repeat=repeat
+            partial(grow, source, nbytes), setup=source.turn, warmup=PAGES, repeat=repeat
         )
 
 
@@ -197,6 +217,17 @@ def contents(bench: Bench, kind: str) -> Any:
             bench.note(f"no huge pages here: {source.refused}")
         arena.check()
         source.pool.check()
+    return True
+
+
+def maps() -> bool:
+    """The pages of `map_alone` can be written, and are the pool's."""
+    with closing(Source("warm")) as source:
+        for _ in range(PAGES):
+            source.map_alone(1, source.turn())
+        assert (source.pool.warm, source.pool.mapped) == (PAGES, 0), "pages were recorded"
+        written = [int(bytes_of(source.arena, i)[0]) for i in range(PAGES)]
+        assert written == list(range(1, PAGES + 1)), "pages hold other bytes"
     return True
 
 

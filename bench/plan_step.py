@@ -4,7 +4,7 @@ One lane a sequence (all layers of a token side by side), 64 tokens a page, leng
 that one sequence in 64 crosses into a new page at every step: 4 of 256, 16 of 1,024. Between two
 timed calls the cache really grows (`extend` and `commit`), so every plan is another one. `shuffled`
 has the same sequences in an order of slots that no slice can name. Thread CPU time, reading the
-clock included.
+clock included. `floor` is the one comparison that no plan can leave out.
 
 `grown` is the whole step: plan, take pages from the pool, map them, count the tokens. Its rival is
 vLLM's `KVCacheManager.allocate_slots(request, 1)` over 256 requests without prefix caching, which
@@ -47,6 +47,12 @@ def run(bench: Bench) -> None:
                 target=target,
                 pages_a_step=count / PAGE_TOKENS,
             )
+        bench.figure(
+            f"plan_step/{count}/floor",
+            partial(floor, bench, count, repeat),
+            "us",
+            gate=partial(agrees, bench, count, False),
+        )
     bench.figure(
         f"plan_step/{MANY_LANES}/default_layout",
         partial(many_lanes, bench, repeat),
@@ -86,6 +92,20 @@ def staggered(bench: Bench, count: int, shuffled: bool) -> tuple[KVCache, Batch]
 def plans(bench: Bench, count: int, shuffled: bool, repeat: int) -> Any:
     """Time `KVCache.plan`; between two calls every sequence becomes a token longer."""
     return timed_plans(bench, *staggered(bench, count, shuffled), warmup=100, repeat=repeat)
+
+
+def floor(bench: Bench, count: int, repeat: int) -> Any:
+    """Time which sequences are full, between the same steps."""
+    cache, batch = staggered(bench, count, shuffled=False)
+    tokens, room = cache.tokens[batch.pick], cache.room[batch.pick]
+    with cache:
+        return bench.measure(
+            lambda _: (tokens >= room).nonzero()[0],
+            setup=partial(step, cache, batch),
+            clock="thread",
+            warmup=100,
+            repeat=repeat,
+        )
 
 
 def timed_plans(bench: Bench, cache: KVCache, batch: Batch, *, warmup: int, repeat: int) -> Any:
