@@ -41,12 +41,12 @@ types: .venv/dev.stamp
 
 .venv/run.stamp: pyproject.toml $(PINS) | .venv/bin/python
 	@echo 'setting up .venv: torch is most of it, so the first time takes a few minutes'
-	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[hf,cli,plot]'
+	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[hf,cli,plot,cpu]'
 	touch $@
 
 .venv/dev.stamp: pyproject.toml $(PINS) | .venv/bin/python
 	@echo 'setting up .venv: torch is most of it, so the first time takes a few minutes'
-	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[hf,cli,plot,dev]'
+	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[hf,cli,plot,cpu,dev]'
 	touch $@ .venv/run.stamp
 
 # Some systems ship Python without ensurepip: their pip fills the environment from outside.

@@ -22,7 +22,7 @@ ROWS = [
     {"engine"},
     {"scheduler"},
     {"hf", "hf_attention", "hf_layers", "hf_static", "hf_store", "speculate", "parallel"},
-    {"sdpa", "policies"},
+    {"sdpa", "policies", "attend"},
     {"prefix", "cache", "tiers"},
     {"batch", "lengths", "rows", "sequence", "slots", "usage"},
     {"tensor", "layout", "shape"},
@@ -31,7 +31,7 @@ RANK = {name: rank for rank, row in enumerate(reversed(ROWS)) for name in row}
 
 # What each part may import from outside the standard library.
 ALLOCATOR_MAY = {"numpy", "cuda"}
-KERNELS_MAY = {"torch", "triton"}
+KERNELS_MAY = {"numba", "numpy", "torch", "triton"}
 VATTN_MAY = {"numpy", "torch"}
 FACE_MAY = VATTN_MAY | {"typer", "rich", "matplotlib", "transformers", "safetensors", "psutil"}
 HF = {"hf", "hf_attention", "hf_layers", "hf_static", "hf_store"}

@@ -176,9 +176,7 @@ def _pieces(length: int, rng: random.Random, answer_weight: float) -> list[tuple
     First mentions of a random value cannot be predicted, so they carry no weight.
     """
     timed: list[tuple[float, Piece]] = []
-    room = int(length * rng.uniform(0.3, 0.7))
-    if length > 1100:
-        room = int(length * rng.uniform(0.15, 0.4))
+    room = int(length * (rng.uniform(0.3, 0.7) if length <= 1100 else rng.uniform(0.2, 0.6)))
     has_pass = rng.random() < 0.4
     while room > 100:
         start = rng.uniform(0.0, 0.7)
