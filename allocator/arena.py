@@ -24,19 +24,17 @@ from contextlib import suppress
 import numpy as np
 
 from .errors import ClosedError, DriverError, OutOfRange, PageStateError, ReserveError
-from .frontiers import Frontiers, GrowPlan, join
+from .frontiers import GrowPlan, join
 from .laws import check_arena
 from .lease import Lease
+from .mapping import Mapping
 from .pool import Pool
-from .quarantine import PageIds
 from .record import NONE, Ints, Record
-from .table import MIXED
 
 MAX_RESERVE_BYTES = 1 << 47  # what x86-64 and AArch64 Linux give a process
-WARM_MAPS = 16384  # kernel maps of an arena from which on it prefers order to warmth
 
 
-class Arena(Frontiers):
+class Arena(Mapping):
     """A reservation of ``slots * lanes * lane_pages`` pages backed by a pool's pages on demand.
 
     Args:
@@ -104,7 +102,8 @@ class Arena(Frontiers):
                 plan = again
             if not isinstance(tenant, int):
                 tenant = tenant[plan.pages // self.slot_pages]
-            self._install(NONE, NONE, plan.pages, NONE, 0, tenant)
+            if not self.map_home(plan.pages, tenant):
+                self.install(NONE, NONE, plan.pages, NONE, 0, tenant)
             self.last[plan.slots] = np.maximum(self.last[plan.slots], plan.to[:, None])
 
     def grow_to(self, slot: int, to: int, *, tenant: int = 0) -> None:
@@ -144,7 +143,7 @@ class Arena(Frontiers):
             self._check_open()
             self.pool.reclaim(int(self.first[slot, lanes].sum()))
             pages = self.span(slot, 0, self.first[slot, lanes], lanes)
-            self._install(NONE, NONE, pages, NONE, 0, tenant)
+            self.install(NONE, NONE, pages, NONE, 0, tenant)
             self.first[slot, lanes] = 0
 
     # ---- giving back -------------------------------------------------------------------------
@@ -223,7 +222,7 @@ class Arena(Frontiers):
             raise OutOfRange(f"slot {source} cannot alias itself")
         with self.turn:
             self._check_open()
-            if self.lanes == 1 and not tail_bytes and self._alias_run(source, target, full, tenant):
+            if self.lanes == 1 and not tail_bytes and self.alias_run(source, target, full, tenant):
                 return
             self.pool.reclaim(self.lanes if tail_bytes else 0)
             self.check_holds(source, full + (tail_bytes > 0))
@@ -236,7 +235,7 @@ class Arena(Frontiers):
             end[lanes] += 1
             drop, last = self.surplus(target, first, end)
             pages = self.span(target, first, full)
-            self._install(pages, ids, fresh, copies, tail_bytes, tenant, drop)
+            self.install(pages, ids, fresh, copies, tail_bytes, tenant, drop)
             self.first[target], self.last[target] = first, last
             self.shared_to[target] = max(int(self.shared_to[target]), full)
             self.shared_to[source] = max(int(self.shared_to[source]), full)
@@ -260,7 +259,7 @@ class Arena(Frontiers):
             if self.pool.reclaim(len(moves.fresh)):
                 moves = self.plan_permute(slots, order, full, tail_bytes)
             nbytes = int(tail_bytes.max(initial=0))
-            self._install(
+            self.install(
                 moves.pages, moves.ids, moves.fresh, moves.copies, nbytes, tenant, moves.drop
             )
             self.first[slots], self.last[slots] = moves.first, moves.last
@@ -281,7 +280,7 @@ class Arena(Frontiers):
             shared = self._shared(slot, first, last)
             if self.pool.reclaim(len(shared)):
                 shared = self._shared(slot, first, last)
-            self._install(NONE, NONE, shared, self.ids(shared), self.page_bytes, tenant)
+            self.install(NONE, NONE, shared, self.ids(shared), self.page_bytes, tenant)
 
     def retenant(self, slot: int, tenant: int) -> None:
         """Hand a slot's mapped pages to another tenant: what another one wrote is zeroed, or, where
@@ -297,7 +296,7 @@ class Arena(Frontiers):
                 pages = self._foreign(slot, tenant)
             held = self.pool.refs(self.ids(pages)) > 1
             if held.any():
-                self._install(NONE, NONE, pages[held], NONE, 0, tenant)
+                self.install(NONE, NONE, pages[held], NONE, 0, tenant)
             self.record.zero(pages[~held])
             self.pool.assign(self.ids(pages[~held]), tenant)
 
@@ -348,61 +347,6 @@ class Arena(Frontiers):
     def _check_open(self) -> None:
         if self.closed:
             raise ClosedError("the arena is closed; make a new one")
-
-    def _install(
-        self,
-        pages: Ints,
-        ids: PageIds,
-        fresh: Ints,
-        copies: PageIds,
-        nbytes: int,
-        tenant: int | Ints,
-        drop: Ints = NONE,
-    ) -> None:
-        """Alias ``ids`` at ``pages``, map new pages at ``fresh``, each a copy of the first
-        ``nbytes`` bytes of one of ``copies`` (if any), and unmap ``drop``. What was mapped there
-        before is given back. All or nothing."""
-        # Warm pages from elsewhere break runs of file offsets: not when maps are getting scarce.
-        use_warm = self.maps < WARM_MAPS
-        taken = self.pool.take(fresh + self.home, tenant=tenant, use_warm=use_warm)
-        try:
-            for source, target in zip(copies.tolist(), taken.ids.tolist(), strict=False):
-                self.backend.duplicate(source, target, nbytes)
-            where = np.concatenate([pages, fresh, drop])
-            old = self.record.change(where, np.concatenate([ids + 1, taken.ids + 1, 0 * drop]))
-            try:
-                dirty = taken.before > 0 if self.zero_backed else taken.stale
-                self.record.zero(fresh[dirty], nbytes)
-                self.pool.share(ids)
-            except BaseException:
-                self.record.change(where, old)
-                raise
-        except BaseException:
-            self.pool.untake(taken, written=len(copies) > 0)
-            raise
-        if len(ids):
-            self.pool.mix(ids, tenant)
-        if len(copies):  # a copy of another tenant's bytes is no more this one's than they are
-            self.pool.assign(taken.ids[self.pool.owners(copies) != tenant], MIXED)
-        self.pool.give(old[old > 0] - 1)
-
-    def _alias_run(self, source: int, target: int, full: int, tenant: int) -> bool:
-        """`alias` where one map call does it: one lane, whose prefix is one run of ids of this
-        tenant's, into an empty slot. False where that is not so."""
-        page = self.run_at(source, full)
-        if page is None or self.last_flat.item(target):
-            return False
-        owner = self.pool.table.owner[page : page + full]
-        if self.pool.tenants > 1 and (owner != tenant).any():
-            return False
-        start = source * self.slot_pages
-        entries = self.entry[start : start + full]
-        self.record.map_run(target * self.slot_pages, page, full, entries)
-        self.pool.share_run(page, full)
-        self.last_flat[target] = full
-        self.shared_to[target] = full
-        self.shared_to[source] = max(self.shared_to.item(source), full)
-        return True
 
     def _shared(self, slot: int, first: int, last: int) -> Ints:
         """Which of the mapped pages ``first .. last`` of a slot have other holders."""
