@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
+from collections.abc import Callable
 
 from .errors import DriverError, PageStateError
 from .vmm import Backend
@@ -130,6 +131,9 @@ class CheckedBackend:
         self.inner.duplicate(source, target, nbytes)
 
     # ---- passed on -------------------------------------------------------------------------
+    def fence(self) -> Callable[[], bool] | None:
+        return self.inner.fence()
+
     def admit_maps(self, extra: int) -> None:
         self.inner.admit_maps(extra)
 

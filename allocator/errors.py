@@ -50,15 +50,32 @@ class ShareError(VattnError):
     """Pages could not be exported to, or imported from, another process."""
 
 
+class NoDeviceError(VattnError):
+    """No CUDA device can be used: no bindings, no driver, no such device, or too old a one."""
+
+
 class DriverError(VattnError):
     """A system or driver call failed.
 
     Attributes: ``call`` (name), ``code`` (errno or CUresult), ``address`` and ``nbytes``.
     """
 
-    def __init__(self, call: str, code: int, address: int, nbytes: int, remedy: str = "") -> None:
+    def __init__(
+        self,
+        call: str,
+        code: int,
+        address: int,
+        nbytes: int,
+        remedy: str = "",
+        *,
+        meaning: str | None = None,
+    ) -> None:
         self.call, self.code, self.address, self.nbytes = call, code, address, nbytes
-        text = (
-            f"{call} failed: {os.strerror(code)} (errno {code}) at {address:#x}, {nbytes:#x} bytes"
-        )
+        if meaning is None:
+            meaning = f"{os.strerror(code)} (errno {code})"
+        text = f"{call} failed: {meaning} at {address:#x}, {nbytes:#x} bytes"
         super().__init__(f"{text}. {remedy}" if remedy else text)
+
+
+class OutOfDeviceMemory(DriverError):
+    """The device has no memory for a page, though the budget does. Nothing was taken."""

@@ -199,6 +199,9 @@ class HostBackend:
             code = error.errno or errno.EIO
             raise DriverError("pwrite", code, start + done, nbytes - done) from error
 
+    def fence(self) -> None:
+        return None  # readers are this process's threads: an epoch is enough
+
     # ---- limits --------------------------------------------------------------------------
     def admit_maps(self, extra: int) -> None:
         self._check_open()

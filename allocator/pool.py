@@ -245,7 +245,7 @@ class Pool:
             raise PageStateError("a page was given back more often than it was taken")
         self.table.state[dead] = QUARANTINED
         self.mapped -= len(dead)
-        self.quarantine.hold(dead, quiesced=quiesced)
+        self.quarantine.hold(dead, quiesced=quiesced, fence=self.backend.fence())
 
     def assign(self, ids: PageIds, tenant: int) -> None:
         """Hand mapped pages, scrubbed by the caller, to ``tenant``."""

@@ -129,6 +129,9 @@ class TracedBackend:
     def descriptor(self) -> int:
         return self.inner.descriptor()
 
+    def fence(self) -> Callable[[], bool] | None:
+        return self.inner.fence()
+
     def admit_maps(self, extra: int) -> None:
         self.inner.admit_maps(extra)
 

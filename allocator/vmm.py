@@ -14,11 +14,12 @@ never retries. Who may call what when is not decided here but in `pool`, `quaran
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Protocol
 
 
 class Backend(Protocol):
-    """Physical pages and virtual ranges of one device (`host.HostBackend`, later CUDA)."""
+    """Physical pages and virtual ranges of one device (`host.HostBackend`, `cuda.CudaBackend`)."""
 
     page_bytes: int
     granularity: int
@@ -68,6 +69,11 @@ class Backend(Protocol):
 
     def duplicate(self, source: int, target: int, nbytes: int) -> None:
         """Copy the first ``nbytes`` bytes of page ``source`` to page ``target``."""
+
+    def fence(self) -> Callable[[], bool] | None:
+        """Something to ask whether all work submitted until now, which may still read a page that
+        was just unmapped, is done; None where none can be. Neither this nor what it returns ever
+        raises."""
 
     def admit_maps(self, extra: int) -> None:
         """Raise `MapLimitError` unless ``extra`` more kernel maps are within the limit."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.emulator.control import Emulator
+    from vattn.allocator.cuda import CudaBackend
 
 
 @pytest.fixture
@@ -16,3 +22,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def emulator() -> Iterator[Emulator]:
+    """A new emulated device with small pages and dirty memory; nothing is left of it afterwards."""
+    from tests.emulator.control import NOTHING, ready
+    from tests.mirror import PAGE
+
+    gc.collect()
+    emulator = ready(granularity=PAGE)
+    emulator.set(poison=1)
+    yield emulator
+    gc.collect()
+    live, faults = emulator.live, emulator.faults
+    emulator.reset()
+    assert live == NOTHING
+    assert faults == 0
+
+
+@pytest.fixture
+def backend(emulator: Emulator) -> Iterator[CudaBackend]:
+    """A CUDA backend with pages 0 .. 8."""
+    from tests.mirror import PAGE
+    from vattn.allocator.cuda import CudaBackend
+
+    backend = CudaBackend(PAGE)
+    backend.create(0, 8)
+    yield backend
+    backend.close()

@@ -1,23 +1,40 @@
-"""What every backend must do, as functions over a backend; `test_host` runs them on each."""
+"""What every backend must do, as functions over a backend; `test_host` runs them on each.
+
+The CUDA backend runs over the driver emulator, whose device has pages as small as the host's and
+memory that the processor reads, too; fresh memory there is poisoned.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from tests.emulator.control import ready
 from tests.mirror import PAGE, words_at
 from vattn.allocator.checked import CheckedBackend
+from vattn.allocator.cuda import CudaBackend
 from vattn.allocator.errors import ClosedError
 from vattn.allocator.host import HostBackend
 from vattn.allocator.trace import TracedBackend
 from vattn.allocator.vmm import Backend
 
+
+def emulated(page_bytes: int = PAGE, **options: Any) -> CudaBackend:
+    """A CUDA backend on a new emulated device; skips the test where there can be none."""
+    ready(granularity=PAGE).set(poison=1)
+    return CudaBackend(page_bytes, **options)
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "host": lambda: HostBackend(PAGE),
     "checked": lambda: CheckedBackend(HostBackend(PAGE)),
     "traced": lambda: TracedBackend(CheckedBackend(HostBackend(PAGE))),
+    "cuda": emulated,
+    "cuda checked": lambda: CheckedBackend(emulated()),
+    "cuda traced, two streams": lambda: TracedBackend(emulated(streams=lambda: (0, 1))),
 }
 
 
@@ -78,8 +95,10 @@ def zero_backed_addresses_read_as_zeros(backend: Backend) -> None:
     assert not words_at(base, 2048).any()
     backend.map(base + PAGE, 1, 1)
     words_at(base + PAGE)[:] = 4
-    words_at(base)[0] = 0  # tolerated: compilers copy whole tensors back
+    backend.remap(base, 1, 1)
     backend.unmap(base + PAGE, 1, 1)
+    assert (words_at(base) == 4).all()
+    backend.unmap(base, 1, 1)
     assert not words_at(base, 2048).any()
 
 
@@ -106,8 +125,10 @@ def warm_commits_and_changes_nothing(backend: Backend) -> None:
     backend.map(base, 0, 1)
     words_at(base)[:] = 3
     backend.warm(0, 2)
-    assert backend.resident_bytes() == 2 * PAGE
+    assert backend.resident_bytes() >= 2 * PAGE  # a device commits what is created
     assert (words_at(base) == 3).all()
+    backend.map(base + PAGE, 1, 1)
+    assert not words_at(base + PAGE).any()
     assert backend.huge_bytes() == 0  # pages of 4 KiB are no huge pages
 
 
@@ -137,6 +158,14 @@ def close_ends_everything(backend: Backend) -> None:
             use()
 
 
+def a_fence_is_reached_when_nothing_runs(backend: Backend) -> None:
+    base = reserved(backend)
+    backend.map(base, 0, 1)
+    backend.unmap(base, 0, 1)
+    fence = backend.fence()
+    assert fence is None or fence()
+
+
 def terabytes_cost_nothing(backend: Backend) -> None:
     pages = (4 << 40) // PAGE
     base = backend.reserve(pages, home=0)
@@ -160,5 +189,6 @@ LAWS = [
     warm_commits_and_changes_nothing,
     release_gives_the_range_back,
     close_ends_everything,
+    a_fence_is_reached_when_nothing_runs,
     terabytes_cost_nothing,
 ]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import contract
-from tests.mirror import PAGE, maps_within, open_things
+from tests.mirror import PAGE, maps_within, open_things, words_at
 from vattn.allocator.errors import ClosedError, MapLimitError, OutOfRange, ReserveError
 from vattn.allocator.host import HostBackend, process_maps
 from vattn.allocator.vmm import Backend
@@ -42,6 +42,23 @@ def test_contract(name: str, law: Callable[[Backend], None]) -> None:
         law(backend)
     finally:
         backend.close()
+
+
+def test_unmapped_rows_of_a_zero_backed_range_may_be_written() -> None:
+    backend = HostBackend(PAGE)
+    backend.create(0, 4)
+    base = backend.reserve(4, home=0, zero_backed=True)
+    backend.map(base + PAGE, 1, 1)
+    words_at(base)[0] = 0  # compilers copy whole tensors back
+    backend.unmap(base + PAGE, 1, 1)
+    assert not words_at(base, 2048).any()
+
+
+def test_warm_commits_exactly_what_was_asked_for() -> None:
+    backend = HostBackend(PAGE)
+    backend.create(0, 8)
+    backend.warm(0, 2)
+    assert backend.resident_bytes() == 2 * PAGE
 
 
 @pytest.mark.parametrize("touch", ["read", "write"])
