@@ -1,4 +1,4 @@
-"""Train the small byte-level model: ``python -m bench.model.train --out DIR --minutes 64``.
+"""Train the small byte-level model: ``python -m bench.model.train --out DIR --minutes 120``.
 
 The schedule follows the time spent in training steps, so a suspended or interrupted run goes on
 where it was (``--resume``). Text and synthetic recall are mixed; contexts grow from 256 to 4096.
@@ -32,8 +32,9 @@ from bench.model.net import ByteLlama, NetConfig
 CONTEXTS: tuple[tuple[float, dict[int, float]], ...] = (
     (0.00, {256: 1.0}),
     (0.40, {256: 0.5, 512: 0.3, 1024: 0.2}),
-    (0.77, {512: 0.4, 1024: 0.35, 2048: 0.25}),
-    (0.88, {512: 0.15, 1024: 0.35, 2048: 0.4, 4096: 0.1}),
+    (0.60, {512: 0.4, 1024: 0.35, 2048: 0.25}),
+    # To recall over a distance takes a context that is longer.
+    (0.70, {1024: 0.2, 3072: 0.6, 4096: 0.2}),
 )
 # A step never counts for more than this many seconds: a suspended process does not use up
 # its schedule.
@@ -260,7 +261,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, required=True, help="checkpoint and exported model")
     p.add_argument("--export", type=Path, default=None, help="model folder (OUT/model)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--minutes", type=float, default=64.0, help="time in training steps")
+    p.add_argument("--minutes", type=float, default=120.0, help="time in training steps")
     p.add_argument("--every", type=float, default=6.0, help="minutes between measurements")
     p.add_argument("--samples", type=int, default=8, help="recall prompts per measurement")
     p.add_argument("--step-tokens", type=int, default=4096, help="bytes per optimiser step")
