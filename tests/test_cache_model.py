@@ -49,13 +49,19 @@ class CacheAndModel(RuleBasedStateMachine):
         retain=st.sampled_from([None, 0, 40960]),
     )
     def start(self, names, pages, retain):
-        self.pool = Pool(HostBackend(4096), budget_bytes=pages * 4096)
+        self.pool = Pool(self.open_backend(), budget_bytes=pages * 4096)
         self.caches = [
             KVCache(layout_of(name), slots=5, pool=self.pool, retain_bytes=retain) for name in names
         ]
         self.model: list[tuple] = []
         self.rng = torch.Generator().manual_seed(99)
         self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def open_backend(self):
+        return HostBackend(4096)
+
+    def assert_gone(self):
+        assert self.pool.backend.fd == -1
 
     def pick(self, data):
         return data.draw(st.sampled_from(self.model))
@@ -213,7 +219,7 @@ class CacheAndModel(RuleBasedStateMachine):
             self.views = []
             gc.collect()
             self.pool.close()
-            assert self.pool.backend.fd == -1
+            self.assert_gone()
 
 
 CacheAndModel.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

@@ -22,16 +22,17 @@ ROWS = [
     {"engine"},
     {"scheduler"},
     {"hf", "hf_attention", "hf_layers", "hf_static", "hf_store", "speculate", "parallel"},
-    {"sdpa", "policies", "attend"},
+    {"dropin", "registry"},
+    {"sdpa", "sdpa_op", "sdpa_checks", "paths", "policies", "ragged"},
     {"prefix", "cache", "tiers"},
     {"batch", "lengths", "rows", "sequence", "slots", "usage"},
-    {"tensor", "layout", "shape"},
+    {"device", "tensor", "layout", "shape"},
 ]
 RANK = {name: rank for rank, row in enumerate(reversed(ROWS)) for name in row}
 
 # What each part may import from outside the standard library.
 ALLOCATOR_MAY = {"numpy", "cuda"}
-KERNELS_MAY = {"numba", "numpy", "torch", "triton"}
+KERNELS_MAY = {"llvmlite", "numba", "numpy", "torch", "triton"}
 VATTN_MAY = {"numpy", "torch"}
 FACE_MAY = VATTN_MAY | {"typer", "rich", "matplotlib", "transformers", "safetensors", "psutil"}
 HF = {"hf", "hf_attention", "hf_layers", "hf_static", "hf_store"}

@@ -213,16 +213,39 @@ def test_a_failed_destroy_is_tried_again() -> None:
 def test_lent_pages_are_pending_and_come_back_warm() -> None:
     pool = make(4)
     page = pool.take(ids(pool.extent(1))).ids
-    lent = pool.lend(9)
+    lent = lend(pool, 9)
     assert len(lent) == 3
     assert life(pool) == (0, 1, 3, 0, 4)
     pool.check()
     pool.set_budget(2 * PAGE)
     assert pool.over == 2
-    pool.return_warm(lent)
+    pool.return_warm(lent, 3)
     assert life(pool) == (1, 1, 0, 1, 2)
     pool.give(page)
     pool.check()
+
+
+@pytest.mark.parametrize("made", range(4))
+def test_lent_ids_that_were_not_made_come_back_cold(made: int) -> None:
+    pool = make(4)
+    lent = pool.lend(3)
+    for page in lent[:made].tolist():
+        pool.backend.create(page, 1)
+    assert life(pool) == (1, 0, 3, 0, 3)
+    pool.return_warm(lent, made)
+    assert life(pool) == (4, 0, 0, made, made)
+    pool.check()
+    taken = pool.take(pool.extent(4) + np.arange(4)).ids
+    pool.check()
+    pool.give(taken)
+
+
+def lend(pool: Pool, n: int) -> np.ndarray:
+    """Lend pages and make them, as the warmer does."""
+    lent = pool.lend(n)
+    for page in lent.tolist():
+        pool.backend.create(page, 1)
+    return lent
 
 
 def test_reclaimers_are_asked_in_order_until_there_is_enough() -> None:
@@ -290,7 +313,7 @@ def test_stale_entries_of_the_warm_queue_are_skipped() -> None:
 )
 def test_pages_are_conserved(script: list[tuple[str, int, int]], high: int | None) -> None:
     pool = make(10) if high is None else make(10, warm_high_bytes=high * PAGE)
-    home, held, lent = pool.extent(12), [], []
+    home, held, lent, made = pool.extent(12), [], [], []
     for verb, n, tenant in script:
         if verb == "take":
             goals = home + np.unique([n, (n * 5 + 2) % 12])
@@ -309,9 +332,10 @@ def test_pages_are_conserved(script: list[tuple[str, int, int]], high: int | Non
         elif verb == "budget":
             pool.set_budget(n * PAGE)
         elif verb == "lend":
-            lent.append(pool.lend(n))
+            lent.append(lend(pool, n) if tenant else pool.lend(n))
+            made.append(len(lent[-1]) if tenant else 0)
         elif verb == "back" and lent:
-            pool.return_warm(lent.pop())
+            pool.return_warm(lent.pop(), made.pop())
         pool.check()
         assert pool.mapped == len(set(held))
         assert all(pool.refs(ids(page))[0] == held.count(page) for page in held)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_upper_left
 
-from vattn.sdpa import pack_mask, pack_rows, scaled_dot_product_attention
+from vattn.kernels.packed import pack_mask, pack_rows
+from vattn.sdpa import explain, scaled_dot_product_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LENGTHS = [1, 2, 3, 7, 16, 17]
@@ -198,6 +199,100 @@ def test_k_and_v_of_different_lengths_are_refused() -> None:
     query, key, value = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 5, 8)
     with pytest.raises(RuntimeError, match="6 tokens but value has 5"):
         scaled_dot_product_attention(query, key, value)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 8), (2, 4, 1, 8)], ids=str)
+@pytest.mark.parametrize("mask_shape", [(0, 70), (1, 1, 0, 70), (2, 4, 0, 70), (1, 0, 70)], ids=str)
+def test_a_float32_mask_over_float64_is_added(shape: tuple, mask_shape: tuple) -> None:
+    """torch's kernel reads the bytes of the mask as float64, past its end."""
+    mask = torch.randn([n or shape[2] for n in mask_shape])
+    query, key, value = (
+        torch.randn(s, dtype=torch.float64) for s in (shape, (2, 2, 70, 8), (2, 2, 70, 8))
+    )
+    out = scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+    torch.testing.assert_close(out, oracle(query, key, value, mask))
+    query.requires_grad_()
+    assert torch.equal(
+        scaled_dot_product_attention(query, key, value, mask, enable_gqa=True),
+        F.scaled_dot_product_attention(query, key, value, mask.double(), enable_gqa=True),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [-2, -0.3, 0, 0.0, -0.0])
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_causal_with_a_scale_of_zero_or_less(length: int, scale: float, dtype: torch.dtype) -> None:
+    """torch's kernel multiplies the -inf of hidden keys by the scale and returns NaN."""
+    key, value = cache_rows(1, 2, 11, 8, dtype, "head_major")
+    query = torch.randn(1, 4, length, 8).to(dtype).requires_grad_()
+    out = scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
+    exact = oracle(query, key, value, causal=True, scale=scale)
+    torch.testing.assert_close(
+        out.double(), exact, atol=8 * torch.finfo(dtype).eps + 1e-6, rtol=0.02
+    )
+    grad = torch.autograd.grad(out.double().sum(), query)[0]
+    assert grad.isfinite().all()
+    assert grad.abs().max() > 0 or scale == 0 or length == 1
+
+
+EMPTY = {
+    "no queries": ((2, 4, 0, 8), (2, 2, 9, 8), (2, 2, 9, 8)),
+    "no keys": ((2, 4, 3, 8), (2, 2, 0, 8), (2, 2, 0, 8)),
+    "no keys, one query": ((2, 4, 1, 8), (2, 2, 0, 8), (2, 2, 0, 8)),
+    "no batch": ((0, 4, 1, 8), (0, 2, 9, 8), (0, 2, 9, 8)),
+    "no heads": ((2, 0, 1, 8), (2, 2, 9, 8), (2, 2, 9, 8)),
+    "no head_dim": ((2, 4, 1, 0), (2, 2, 9, 0), (2, 2, 9, 0)),
+    "no head_dim in K": ((2, 4, 1, 0), (2, 2, 9, 0), (2, 2, 9, 8)),
+    "no head_dim in V": ((2, 4, 1, 8), (2, 2, 9, 8), (2, 2, 9, 0)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_dimensions(name: str, causal: bool, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(shape).to(dtype) for shape in EMPTY[name])
+    out = scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+    native = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+    assert (out.shape, out.dtype, out.stride()) == (native.shape, native.dtype, native.stride())
+    assert torch.equal(out, native)
+    if "keys" in name:
+        assert not out.any()
+    if name == "no head_dim in K" and not causal:
+        mean = value.mean(dim=2, keepdim=True).repeat_interleave(2, dim=1)
+        torch.testing.assert_close(out, mean)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 16])
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "float"])
+def test_bottom_right_causality_of_a_few_queries_is_a_mask(additive: bool, length: int) -> None:
+    """What speculative decoding asks: L new tokens behind S - L old ones."""
+    tokens = 3000
+    key, value = cache_rows(2, 2, tokens, 64, torch.float32, "token_major")
+    query = torch.randn(2, 8, length, 64)
+    mask = torch.ones(length, tokens, dtype=torch.bool).tril(diagonal=tokens - length)
+    kept = torch.zeros(length, tokens).masked_fill(~mask, float("-inf")) if additive else mask
+    out = scaled_dot_product_attention(query, key, value, kept, enable_gqa=True)
+    torch.testing.assert_close(out.double(), oracle(query, key, value, mask), atol=1e-5, rtol=0)
+    assert explain(query, key, value, kept, enable_gqa=True).impl != "native"
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("shape", [(1, 1, 5, 0), (2, 1, 5, 0), (2, 8, 5, 0), (5, 0)], ids=str)
+def test_a_call_allocates_less_than_twice_its_scores(shape: tuple, kind: str) -> None:
+    tokens = 4096
+    key, value = cache_rows(2, 2, tokens, 16, torch.float32, "head_major")
+    query = torch.randn(2, 8, 5, 16)
+    mask = torch.rand([n or tokens for n in shape]) < 0.7
+    mask = torch.randn(mask.shape) if kind == "float" else mask
+    scores = 2 * 8 * 5 * tokens * 4
+    for impl in ("auto", "packed", "grouped"):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            scaled_dot_product_attention(query, key, value, mask, enable_gqa=True, impl=impl)
+        taken = sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
+        assert taken < 2 * scores, f"{impl}: {taken / scores:.2f} times the scores"
 
 
 def test_wrong_head_count_is_torchs_error() -> None:

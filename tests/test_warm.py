@@ -16,7 +16,7 @@ from vattn.allocator.host import HostBackend
 from vattn.allocator.huge import HUGE_BYTES
 from vattn.allocator.pool import Pool
 from vattn.allocator.stats import gather
-from vattn.allocator.warm import Warmer
+from vattn.allocator.warm import REST_STEPS, Warmer
 
 
 def can_collapse() -> bool:
@@ -157,16 +157,25 @@ def test_stats_add_up() -> None:
     assert gather(pool, [arena]).reserved_bytes == 0
 
 
-def test_who_needs_the_budget_gets_lent_pages_back() -> None:
+@pytest.mark.parametrize("verb", ["create", "warm"])
+def test_who_needs_the_budget_gets_lent_pages_back(verb: str) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(HostBackend):
+        def create(self, page: int, count: int) -> None:
+            self.wait("create")
+            super().create(page, count)
+
         def warm(self, page: int, count: int) -> None:
-            begun.set()
-            assert go_on.wait(timeout=30)
+            self.wait("warm")
             super().warm(page, count)
 
-    pool = Pool(Slow(PAGE), budget_bytes=8 * PAGE)
+        def wait(self, where: str) -> None:
+            if where == verb and threading.current_thread() is not threading.main_thread():
+                begun.set()
+                assert go_on.wait(timeout=30)
+
+    pool = Pool(CheckedBackend(Slow(PAGE)), budget_bytes=8 * PAGE)
     arena = Arena(pool, slots=1, lanes=1, lane_pages=8)
     with Warmer(pool, low_bytes=8 * PAGE) as warmer:
         assert begun.wait(timeout=30)
@@ -177,4 +186,51 @@ def test_who_needs_the_budget_gets_lent_pages_back() -> None:
         arena.check()
         pool.check()
     arena.close()
+    pool.close()
+
+
+def test_pages_are_made_outside_of_any_turn() -> None:
+    """Somebody else may change the pool while a handle is made."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(HostBackend):
+        def create(self, page: int, count: int) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                begun.set()
+                assert go_on.wait(timeout=30)
+            super().create(page, count)
+
+    pool = Pool(CheckedBackend(Slow(PAGE)), budget_bytes=20 * PAGE)
+    arena = Arena(pool, slots=1, lanes=1, lane_pages=8)
+    with Warmer(pool, low_bytes=8 * PAGE) as warmer:
+        assert begun.wait(timeout=30)
+        arena.grow_to(0, 8)  # while the thread stands in the middle of its first page
+        assert (pool.lent, pool.mapped) == (8, 8)
+        pool.check()
+        go_on.set()
+        assert warmer.settle(timeout=30)
+        assert pool.warm == 8
+    arena.close()
+    pool.close()
+
+
+def test_a_system_without_memory_is_not_asked_at_every_step() -> None:
+    class Full(HostBackend):
+        asked = 0
+
+        def create(self, page: int, count: int) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                Full.asked += 1
+                raise DriverError("cuMemCreate", 2, 0, count)
+            super().create(page, count)
+
+    pool = Pool(CheckedBackend(Full(PAGE)), budget_bytes=20 * PAGE)
+    with Warmer(pool, low_bytes=8 * PAGE) as warmer:
+        for _ in range(2 * REST_STEPS):
+            assert warmer.settle(timeout=30)
+            pool.advance()
+        assert warmer.settle(timeout=30)
+        assert (Full.asked, pool.lent, pool.warm) == (3, 0, 0)
+        assert "cuMemCreate failed" in str(warmer.refused)
+        pool.check()
     pool.close()

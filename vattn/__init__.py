@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vattn.cache import KVCache as KVCache
+    from vattn.dropin import SDPAMode as SDPAMode
+    from vattn.dropin import patch as patch
+    from vattn.dropin import patched as patched
     from vattn.layout import Layout as Layout
+    from vattn.ragged import attend as attend
+    from vattn.ragged import attend_lse as attend_lse
+    from vattn.sdpa import explain as explain
     from vattn.sdpa import scaled_dot_product_attention as scaled_dot_product_attention
 
 __version__ = "0.1.0"
@@ -21,7 +27,14 @@ __version__ = "0.1.0"
 _HOME: dict[str, str | None] = {
     "KVCache": "cache",
     "Layout": "layout",
+    "SDPAMode": "dropin",
+    "attend": "ragged",
+    "attend_lse": "ragged",
+    "explain": "sdpa",
     "hf": None,
+    "patch": "dropin",
+    "patched": "dropin",
+    "registry": None,
     "scaled_dot_product_attention": "sdpa",
 }
 __all__ = ["__version__", *_HOME]

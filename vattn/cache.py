@@ -16,20 +16,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
-from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .allocator.arena import Arena
 from .allocator.errors import ClosedError, OutOfRange, VattnError
 from .allocator.frontiers import GrowPlan
-from .allocator.host import HostBackend
 from .allocator.pool import Pool
-from .allocator.trace import Trace, TracedBackend
-from .allocator.vmm import Backend
+from .allocator.trace import Trace
 from .allocator.warm import Warmer
 from .batch import Batch, Ints, batch_of
+from .device import Streams, open_pool, place_of
 from .layout import Layout, LayoutError
 from .lengths import Lengths
 from .rows import Rows
@@ -37,19 +36,9 @@ from .sequence import Sequence, View
 from .slots import Slots
 from .usage import Usage, measure
 
-BUDGET_SHARE = 0.8
-
 
 class PrefixError(VattnError, ValueError):
     """A prefix that the donor does not hold, or may not share."""
-
-
-def available_bytes() -> int:
-    """Memory the system could give to new pages now (``MemAvailable``)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise VattnError("/proc/meminfo has no MemAvailable: pass budget_bytes")
 
 
 class KVCache:
@@ -58,8 +47,11 @@ class KVCache:
     Args:
         layout: shapes, strides and page size.
         slots: most sequences open at once; address space only.
-        budget_bytes: most bytes of pages; 80% of the available memory by default.
-        pool: share another cache's pool (and budget) instead of making one.
+        device: where the pages lie and the tensors are: "cpu" (the default), "cuda", "cuda:1" or a
+            torch.device. Pages of a device are multiples of its granularity, 2 MiB so far.
+        budget_bytes: most bytes of pages; 80% of the available memory by default. torch's caching
+            allocator lives beside it: what the budget leaves is torch's.
+        pool: share another cache's pool (and budget, and device) instead of making one.
         retain_bytes: most bytes of pages without a live token (parked slots, mapped ahead) that
             stay mapped over a step boundary; None keeps all until somebody needs them, which
             costs no system call in steady state, 0 maps exactly what is in use.
@@ -68,11 +60,19 @@ class KVCache:
             held, within the budget. ``cache.warmer`` says what it did.
         zero_backed: unmapped rows read as zeros: `static_view` shows all ``max_tokens``.
         trace: record every map and unmap in ``cache.trace``, see `allocator.trace`.
+        streams: on a device, asked before pages are unmapped for the streams to wait for, by handle
+            (``lambda: [torch.cuda.current_stream().cuda_stream]``). A view may be read on any
+            stream and die on any thread, so by default all work of the device is waited for; that
+            happens only when memory goes back, never in steady state.
 
-    Not thread-safe: one thread drives a cache; its views may die on any thread.
+    Not thread-safe: one thread drives a cache; its views may die on any thread. On a device rows
+    are written by the current stream; work of other streams on the same rows is the caller's to
+    order, as it is for torch's own memory.
 
     Raises:
         ReserveError: the address space is refused. MapLimitError: no file descriptor is left.
+        LayoutError: no such device, or the layout's page does not suit it. NoDeviceError: none can
+        be used.
     """
 
     def __init__(
@@ -80,30 +80,31 @@ class KVCache:
         layout: Layout,
         *,
         slots: int = 64,
+        device: str | torch.device | None = None,
         budget_bytes: int | None = None,
         pool: Pool | None = None,
         retain_bytes: int | None = None,
         warm_bytes: int = 0,
         zero_backed: bool = False,
         trace: bool = False,
+        streams: Streams | None = None,
     ) -> None:
         self.closed = True  # until everything below has worked
         self._own_pool = pool is None
         self.trace = Trace() if trace else None
+        place = place_of(device, pool)
         if pool is None:
-            budget = int(available_bytes() * BUDGET_SHARE) if budget_bytes is None else budget_bytes
-            backend: Backend = HostBackend(layout.page)
-            if self.trace is not None:
-                backend = TracedBackend(backend, self.trace)
-            pool = Pool(backend, budget_bytes=budget)
+            pool = open_pool(
+                layout, place, budget_bytes=budget_bytes, streams=streams, trace=self.trace
+            )
         elif pool.page_bytes != layout.page:
             raise LayoutError(
                 f"the pool has pages of {pool.page_bytes} bytes, the layout of {layout.page}"
             )
-        elif trace or warm_bytes:
+        elif trace or warm_bytes or streams:
             raise LayoutError(
-                "trace and warm_bytes need a pool of the cache's own: leave pool out, or trace and "
-                "warm where the pool is made"
+                "trace, streams and warm_bytes need a pool of the cache's own: leave pool out, or "
+                "trace and warm where the pool is made"
             )
         self.layout, self.pool, self.slots = layout, pool, slots
         self.retain_bytes = retain_bytes
@@ -122,7 +123,8 @@ class KVCache:
         if self.trace is not None:
             base, slot_bytes = self.arena.address, layout.slot_bytes
             self.trace.owner_of = lambda address: f"slot {(address - base) // slot_bytes}"
-        self._rows = Rows(layout, self.arena)
+        self._rows = Rows(layout, self.arena, place)
+        self.device = self._rows.device
         # What is mapped ahead holds no token: with nothing retained it would go at once.
         self._frontiers = Lengths(layout, self.arena, ahead=retain_bytes != 0)
         self.dtype = self._rows.dtype
@@ -157,7 +159,8 @@ class KVCache:
         Args:
             slot: a particular slot.
             tenant: whose bytes these are. What another tenant left in adopted pages is zeroed.
-            tokens: expected length; the smallest parked slot that holds it is adopted.
+            tokens: length of the prompt; the smallest parked slot that holds it is adopted, or an
+                empty one is taken.
             empty: prefer a slot with nothing mapped (its pages will be aliased).
 
         Raises:
@@ -491,7 +494,10 @@ class KVCache:
         return (before - self.pool.created) * self.layout.page
 
     def set_budget(self, budget_bytes: int) -> None:
-        """Change the budget of the pool now; see `Pool.set_budget`."""
+        """Change the budget of the pool now. Pages without a live token go at once, or at the next
+        `advance` if their sequence ended in this step; live rows stay, and until enough of them
+        are closed or truncated ``pool.over`` counts the pages too many and `extend` raises
+        OutOfPages. See `Pool.set_budget`."""
         self._check_open()
         self.pool.set_budget(budget_bytes)
 

@@ -15,7 +15,8 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from vattn.allocator.errors import VattnError
-from vattn.sdpa import pack_mask, pack_rows, scaled_dot_product_attention
+from vattn.kernels.packed import pack_mask, pack_rows
+from vattn.sdpa import scaled_dot_product_attention
 
 logger = logging.get_logger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .allocator.arena import Arena
@@ -14,10 +15,11 @@ from .tensor import DTYPES, Window
 class Rows:
     """The rows of every slot of an arena, laid out by a layout."""
 
-    def __init__(self, layout: Layout, arena: Arena) -> None:
+    def __init__(self, layout: Layout, arena: Arena, device: torch.device) -> None:
         self.layout = layout
         self.dtype = DTYPES[layout.dtype]
-        self._window = Window(arena, self.dtype)
+        self._window = Window(arena, self.dtype, device)
+        self.device = self._window.device
         # Looked up at every append of every layer.
         self._offsets = [
             (layout.offset(p, 0), layout.offset(p, 1)) for p in range(layout.physical_layers)
@@ -35,7 +37,8 @@ class Rows:
 
     def write(self, physical: int, batch: Batch, lengths: Ints, k: Tensor, v: Tensor) -> None:
         """Copy ``k``, ``v`` [batch, kv_heads, n, head_dim], detached, behind ``lengths`` rows of
-        each sequence. Every page is mapped by now, so nothing can fail."""
+        each sequence; on a device, by its current stream. Every page is mapped by now, so nothing
+        can fail."""
         count, first = k.shape[2], lengths.item(0)
         if not count:
             return
@@ -61,8 +64,8 @@ class Rows:
                 raise LayoutError(f"{name} must have shape {shape}, got {tuple(rows.shape)}")
             if rows.dtype is not self.dtype:
                 raise LayoutError(f"{name} must be {self.dtype}, got {rows.dtype}; cast it first")
-            if not rows.is_cpu:
-                raise LayoutError(f"{name} must be on the cpu, got {rows.device}")
+            if rows.device != self.device:
+                raise LayoutError(f"{name} must be on {self.device}, got {rows.device}; move it")
 
     def _access(
         self, slot: int, slots: int, physical: int, side: int, start: int, count: int

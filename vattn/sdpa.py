@@ -1,32 +1,38 @@
-"""Attention on the CPU: torch's `scaled_dot_product_attention`, a group's query heads packed.
+"""Attention with torch's signature and torch's answers, faster on the CPU where torch is slow.
 
-torch's CPU flash kernel walks the query heads one by one. With grouped-query attention and one
-query token it therefore reads every K and V row once per *query* head, as a one-row matrix
-product: 0.5 to 1 GB/s in bfloat16. The same kernel, given the G query heads that share a KV head
-as G query *rows*
-
-    query [B, Hq, L, D]  ->  [B, Hkv, G*L, D]        row g*L + l is head h*G + g, position l
-
-reads each K and V row once, as a G-row product: 2x to 10x faster, and the same sums in the same
-float32 accumulators. Grouped `bmm` is not used: it rounds the scores to bfloat16, and on
-processors without a bfloat16 unit it is ten times slower.
-
-Nothing here copies K or V: views into a cache keep whatever strides they have.
+torch's CPU flash kernel reads every K and V row once per *query* head and gives a whole sequence
+to one core: with one query token, 0.5 to 1 GB/s in bfloat16. `paths` names the kernels that serve
+such calls instead. Every other call, and everything that looks at torch's own operation (autograd,
+transforms, subclasses, modes, export), is passed to torch unchanged.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-# Taken once: this function can then be installed under torch's name without calling itself.
-_native = torch._C._nn.scaled_dot_product_attention
+from vattn import paths, sdpa_op
+from vattn.paths import AUTO, NATIVE, Call, Choice
+from vattn.sdpa_checks import (
+    PLAIN,
+    Sure,
+    native,
+    overrides,
+    positive_scale,
+    refuse_lengths,
+    refuse_mask_and_causal,
+    unequal_lengths,
+    why_torch,
+)
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+tracing_state = torch._C._get_tracing_state
 
-# Beyond this many query rows the product is bound by arithmetic and torch's own tiling is as good.
-PACKED_ROWS = 256
+# Named, not imported: that module imports torch's whole compiler.
+BIAS_CLASSES = "torch.nn.attention.bias"
 
 
 def scaled_dot_product_attention(
@@ -39,124 +45,257 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    impl: str = AUTO,
 ) -> Tensor:
     """Compute `softmax(query @ key^T * scale + mask) @ value` exactly as torch defines it.
 
     Shapes: query [B, Hq, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], mask broadcastable to
-    [B, Hq, L, S] (bool, True = attend, or float, added); result [B, Hq, L, Dv]. float32, float64,
-    bfloat16 or float16. A row that may attend to nothing is 0. `is_causal` is aligned top-left.
-    Every other shape, device or option that torch accepts is passed to torch unchanged.
+    [B, Hq, L, S] (bool, True = attend, or float, added); result [B, Hq, L, Dv], strided as torch
+    strides it. float32, float64, bfloat16 or float16. A row that may attend to nothing is 0.
+    `is_causal` is aligned top-left: query i sees keys 0..i. Every other shape, device or option
+    that torch accepts is passed to torch; every error is torch's own.
 
-    Raises RuntimeError (torch's own, or ours where torch would read out of bounds: K and V of
-    different lengths).
+    Four answers differ from torch 2.13 on the CPU, where its kernel breaks its own contract:
+    `attn_mask` with `is_causal=True` raises RuntimeError, as documented (the kernel applies both);
+    K and V of different lengths raise RuntimeError (it reads past the shorter one); a float32 mask
+    over float64 tensors is added (it reads the mask's bytes as float64); a causal call with a scale
+    of 0 or less is computed (it returns NaN).
+
+    `impl` is "auto", "native" (torch), "packed", "grouped" or "stream". A kernel asked for by name
+    serves the call or raises `paths.ImplError` with the reason; `explain` tells what "auto" takes.
     """
-    if has_torch_function((query, key, value, attn_mask)):
-        # The function that torch's name holds now: CausalBias compares with exactly that one, and
-        # is silently wrong for any other.
-        return handle_torch_function(
-            torch.nn.functional.scaled_dot_product_attention,
-            (query, key, value, attn_mask),
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-    _check_lengths(key, value)
-    groups = _groups(query, key, value) if enable_gqa else 1
-    if (
-        groups > 1
-        and not is_causal
-        and dropout_p == 0.0
-        and groups * query.shape[2] <= PACKED_ROWS
-        and _packable(attn_mask, query)
-        and not _needs_grad(query, key, value, attn_mask)
+    if has_torch_function_variadic(query, key, value, attn_mask):
+        options = dropout_p, is_causal, scale, enable_gqa
+        return _overridden(query, key, value, attn_mask, options, impl)
+    if is_dynamo_compiling():
+        options = dropout_p, is_causal, scale, enable_gqa
+        return _traced(query, key, value, attn_mask, options, impl)
+    # From here on every step counts: a tiny call takes torch 6 us.
+    if impl != AUTO or (
+        type(query) in PLAIN
+        and type(key) in PLAIN
+        and type(value) in PLAIN
+        and tracing_state() is None
+        and (key.is_nested or value.is_nested or key.shape != value.shape or _large(query, key))
     ):
-        return _packed(query, key, value, attn_mask, scale, groups)
-    return _native(
+        options = dropout_p, is_causal, scale, enable_gqa
+        return _looked_at(query, key, value, attn_mask, options, impl)
+    if attn_mask is not None and (is_causal is True or _is_double(query)):
+        options = dropout_p, is_causal, scale, enable_gqa
+        attn_mask = _checked(query, key, value, attn_mask, options)
+    if is_causal is True and scale is not None:
+        query, scale = positive_scale(query, scale)
+    return native(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 
-def pack_rows(query: Tensor, groups: int) -> Tensor:
-    """Turn [B, Hkv*groups, L, D] into [B, Hkv, groups*L, D]: the heads of a group become rows."""
-    batch, heads, length, dim = query.shape
-    return query.reshape(batch, heads // groups, groups * length, dim)
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    impl: str = AUTO,
+) -> Choice:
+    """Tell what `scaled_dot_product_attention` would do with the same arguments: read as text.
 
-
-def pack_mask(mask: Tensor | None, groups: int, length: int) -> Tensor | None:
-    """Give a [L, S] or [B|1, Hq|1, L|1, S] mask the rows of `pack_rows`; None stays None.
-
-    A mask that is the same for all queries and heads is returned as it is and keeps broadcasting.
+    Computes nothing. Raises what the call would raise for arguments that are refused; errors of
+    torch itself come only with the call.
     """
-    if mask is None:
-        return None
-    if mask.dim() == 2:
-        mask = mask[None, None]
-    batch, heads, rows, keys = mask.shape
-    if heads == 1:
-        if rows == 1:
-            return mask
-        mask = mask.expand(batch, groups, rows, keys)
-        return mask.reshape(batch, 1, groups * rows, keys)
-    if rows != length:
-        mask = mask.expand(batch, heads, length, keys)
-    return mask.reshape(batch, heads // groups, groups * length, keys)
+    options = dropout_p, is_causal, scale, enable_gqa
+    tensors = query, key, value, attn_mask
+    if any(overrides(t) for t in tensors):
+        _refuse_override(impl)
+        return paths.torchs("an argument overrides torch functions")
+    if unequal_lengths(key, value):
+        refuse_lengths(key, value)
+    if attn_mask is not None:
+        attn_mask = _checked(query, key, value, attn_mask, options)
+    if impl != AUTO:
+        path = _path(query, key, value, attn_mask, options, impl)
+        return Choice(path, "asked for by name", ())
+    why = why_torch(query, key, value, attn_mask, options)
+    if why is not None:
+        return paths.torchs(why)
+    call = Call.of(query, key, value, attn_mask)
+    return paths.explained(call, query, key, value, attn_mask)
 
 
-def _check_lengths(key: Tensor, value: Tensor) -> None:
-    """Refuse K and V of different lengths: torch's CPU kernel would read past the shorter one."""
-    if key.is_nested or value.is_nested or key.dim() < 2 or value.dim() < 2:
-        return
-    if key.shape[-2] != value.shape[-2]:
-        raise RuntimeError(
-            f"key has {key.shape[-2]} tokens but value has {value.shape[-2]}: "
-            "both must hold the same number of rows"
-        )
-
-
-def _groups(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """Return the query heads per KV head where packing applies, else 1 (torch decides)."""
-    tensors = (query, key, value)
-    if any(t.is_nested or t.dim() != 4 or t.device.type != "cpu" for t in tensors):
-        return 1
-    if query.dtype not in _FLOATS or key.dtype != query.dtype or value.dtype != query.dtype:
-        return 1
-    batch, heads, length, dim = query.shape
-    same_batch = key.shape[0] == batch and value.shape[0] == batch
-    kv_heads = key.shape[1]
-    if not same_batch or kv_heads == 0 or value.shape[1] != kv_heads or key.shape[3] != dim:
-        return 1
-    if heads % kv_heads or length == 0 or key.shape[2] == 0:
-        return 1
-    return int(heads // kv_heads)
-
-
-def _packable(mask: Tensor | None, query: Tensor) -> bool:
-    """Say whether `pack_mask` knows this mask; other shapes broadcast in ways left to torch."""
-    if mask is None:
-        return True
-    if mask.is_nested or mask.dim() not in (2, 4) or mask.shape[-2] not in (1, query.shape[2]):
+def _large(query: Tensor, key: Tensor) -> bool:
+    """Whether a row of the table could take a call of this size; other calls end here."""
+    if query.is_nested:
         return False
-    return mask.dim() == 2 or mask.shape[1] in (1, query.shape[1])
+    sizes, keys = query.shape, key.shape
+    if len(sizes) != 4 or len(keys) != 4:
+        return False
+    return sizes[0] * sizes[1] * sizes[3] * keys[2] >= paths.LEAST_READ
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _packed(
+def _looked_at(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scale: float | None,
-    groups: int,
+    options: tuple[Any, ...],
+    impl: str,
 ) -> Tensor:
-    batch, heads, length, _ = query.shape
-    mask = pack_mask(mask, groups, length)
-    out = _native(pack_rows(query, groups), key, value, mask, 0.0, False, scale=scale)
-    return out.reshape(batch, heads, length, value.shape[3])
+    """Serve a call that a kernel may take, or whose K and V differ."""
+    if unequal_lengths(key, value):
+        refuse_lengths(key, value)
+    if mask is not None:
+        mask = _checked(query, key, value, mask, options)
+    path = _path(query, key, value, mask, options, impl)
+    if path == NATIVE:
+        return _native(query, key, value, mask, options)
+    return paths.run(path, query, key, value, mask, options[2])
+
+
+def _path(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: tuple[Any, ...],
+    impl: str,
+    sure: Sure = bool,
+) -> str:
+    """Return the name of what serves the call. Raises ImplError for a kernel that cannot."""
+    if impl == AUTO:
+        if not _worth_asking(query, key, value, mask, sure):
+            return NATIVE
+        call = Call.of(query, key, value, mask)
+        if not paths.wanted(call, sure):
+            return NATIVE
+        if why_torch(query, key, value, mask, options, sure) is not None:
+            return NATIVE
+        return paths.choose(call, query, key, value, mask, sure)
+    paths.known(impl)
+    if impl != NATIVE:
+        why = why_torch(query, key, value, mask, options, sure)
+        paths.named(impl, query, key, value, mask, why)
+    return impl
+
+
+def _worth_asking(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sure: Sure
+) -> bool:
+    """Whether a row of the table could fit: prefills and tiny calls need no more questions."""
+    if type(query) not in PLAIN or query.is_nested or query.dim() != 4:
+        return False
+    if type(key) not in PLAIN or key.is_nested or key.dim() != 4:
+        return False
+    batch, heads, length, dim = query.shape
+    _, kv_heads, tokens, _ = key.shape
+    least = paths.LEAST_READS.get(query.dtype)
+    if least is None or not sure(batch * heads * tokens * dim >= least):
+        return False
+    if type(value) not in PLAIN or value.is_nested or value.dim() != 4:
+        return False
+    if mask is not None and type(mask) not in PLAIN:
+        return False
+    return sure(length <= paths.MOST_QUERIES) and sure(kv_heads > 0)
+
+
+def _is_double(query: Any) -> bool:
+    return type(query) in PLAIN and query.dtype is torch.float64
+
+
+def _checked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: tuple[Any, ...]
+) -> Tensor:
+    """Return the mask as torch can read it. Raises RuntimeError for a mask beside `is_causal`."""
+    if not all(isinstance(t, Tensor) for t in (query, key, value, mask)):
+        return mask
+    if options[1] is True:
+        refuse_mask_and_causal(query, key, value, mask, options)
+    if mask.dtype is torch.float32 and query.dtype is torch.float64:
+        return mask.double()
+    return mask
+
+
+def _native(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: tuple[Any, ...]
+) -> Tensor:
+    dropout_p, is_causal, scale, enable_gqa = options
+    if is_causal is True and scale is not None:
+        query, scale = positive_scale(query, scale)
+    return native(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _traced(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: tuple[Any, ...],
+    impl: str,
+) -> Tensor:
+    """Serve a call that torch.compile traces: the kernels stay one operation of the graph.
+
+    A size that depends on data decides nothing. An exported program is torch's alone, so that it
+    runs where vattn is not installed.
+    """
+    if impl == AUTO and torch.compiler.is_exporting():
+        return _native(query, key, value, mask, options)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    dense = all(isinstance(t, Tensor) and t.dim() > 1 for t in (key, value))
+    if dense and guard_or_false(key.shape[-2] != value.shape[-2]):
+        refuse_lengths(key, value)
+    if mask is not None:
+        mask = _checked(query, key, value, mask, options)
+    path = _path(query, key, value, mask, options, impl, guard_or_false)
+    if path == NATIVE:
+        return _native(query, key, value, mask, options)
+    return sdpa_op.attend(query, key, value, mask, options[2], path)
+
+
+def _overridden(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: tuple[Any, ...],
+    impl: str,
+) -> Any:
+    """Hand a call to the subclass or mode that overrides torch functions, as torch would.
+
+    Which function it is told was called: CausalBias compares with whatever torch's name holds now;
+    other subclasses with the builtin they knew when they were imported; a mode alone, which calls
+    back with itself put aside, gets ours, so that the call comes back here.
+    """
+    names = ("dropout_p", "is_causal", "scale", "enable_gqa")
+    # Defaults are left out: an override need not know every argument.
+    given = {
+        name: option
+        for name, option, default in zip(names, options, (0.0, False, None, False), strict=True)
+        if option is not default and option != default
+    }
+    tensors = query, key, value, mask
+    if mask is not None:
+        given["attn_mask"] = mask
+    function: Any = native
+    if not any(overrides(t) for t in tensors):
+        function = scaled_dot_product_attention
+        if impl != AUTO:
+            given["impl"] = impl
+    else:
+        _refuse_override(impl)
+        if type(mask).__module__ == BIAS_CLASSES:
+            function = torch.nn.functional.scaled_dot_product_attention
+    return handle_torch_function(function, tensors, query, key, value, **given)
+
+
+def _refuse_override(impl: str) -> None:
+    """Raise ImplError for a kernel asked for by name: the override decides what runs."""
+    paths.known(impl)
+    if impl not in (AUTO, NATIVE):
+        raise paths.ImplError(
+            f'impl="{impl}" cannot serve this call: an argument overrides torch functions; '
+            'use impl="auto"'
+        )

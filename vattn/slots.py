@@ -44,8 +44,10 @@ class Slots:
         return np.flatnonzero(self.generation & 1).tolist()
 
     def choose(self, tokens: int, *, empty: bool) -> int:
-        """The smallest parked slot with room for ``tokens`` tokens, else the roomiest one, else an
-        empty slot; with ``empty``, an empty slot first.
+        """The smallest parked slot with room for ``tokens`` tokens. Where none has, an empty slot:
+        growing a parked one that is too small would leave none of its size for the next sequence
+        of that size. The roomiest parked slot where no length is given, or no slot is empty. With
+        ``empty``, an empty slot first.
 
         Raises:
             OutOfRange: every slot is open, or seen by a live view.
@@ -56,7 +58,10 @@ class Slots:
         parked = [(room.item(slot), slot) for slot in self._parked if self.is_free(slot)]
         if parked:
             fitting = [entry for entry in parked if entry[0] >= tokens] if tokens else []
-            return min(fitting)[1] if fitting else max(parked, key=lambda e: (e[0], -e[1]))[1]
+            if fitting:
+                return min(fitting)[1]
+            if not (tokens and self._empty):
+                return max(parked, key=lambda e: (e[0], -e[1]))[1]
         if self._empty:
             return next(reversed(self._empty))
         raise OutOfRange(

@@ -2,8 +2,9 @@
 
     |out - exact|  <=  3 * max|native - exact|  +  rounding(out)  +  rounding(scores)
 
-`exact` is float64. The first rounding is one unit in the last place of the result's dtype, the
-second what one unit in the last place of the largest logit, in the dtype sums are kept in
+`exact` is float64. The first rounding is one unit in the last place of the result's dtype (four
+where sums are kept in that dtype as well, and round at every step: float32, float64), the second
+what one unit in the last place of the largest logit, in the dtype sums are kept in
 (float32 for half precision), can move a weighted mean of V: a kernel may add in another order than
 torch, and torch may be lucky. Half-precision scores or a scale 2% off are far outside of it.
 """
@@ -17,6 +18,7 @@ from bench.contract.call import Call, magnitude
 
 FORWARD = 3.0
 BACKWARD = 4.0
+CLOSEST = 0.1  # of the largest value: however far off torch is, a result may not be further off
 
 
 class Differs(Exception):
@@ -50,12 +52,17 @@ def close(
     *,
     factor: float = FORWARD,
     call: Call | None = None,
+    size: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     what: str = "result",
 ) -> None:
     """Check values: NaN where the truth is NaN, never where torch has none, and the tolerance.
 
-    Where torch leaks a NaN that the truth does not hold, both a NaN and the truth are right.
-    ``call`` gives the size of the logits, looked at only when the plain tolerance is exceeded.
+    Where torch leaks a NaN that the truth does not hold, both a NaN and the truth are right; where
+    torch has a number and the truth is NaN, anything is.
+    ``call`` gives the size of the logits, looked at only when the plain tolerance is exceeded;
+    ``size`` are the absolute terms behind every element of a gradient. ``dtype`` is what one
+    rounding is of, where that is not the result's own.
     """
     if not out.numel():
         return
@@ -65,11 +72,11 @@ def close(
         finite = _finite_parts(got, peer, exact, finite, what)
     error = _worst(got, exact, finite)
     peers = _worst(peer, exact, finite)
-    top = float(exact[finite].abs().max()) if bool(finite.any()) else 0.0
-    allowed = factor * peers + torch.finfo(out.dtype).eps * top
+    top = float(torch.where(finite, exact if size is None else size, 0.0).abs().max())
+    allowed = min(factor * peers, CLOSEST * top) + rounding(dtype or out.dtype) * top
     if error > allowed and call is not None:
         sums = torch.finfo(torch.promote_types(out.dtype, torch.float32)).eps
-        allowed += sums * magnitude(call) * max(top, _top(call.value))
+        allowed += min(sums * magnitude(call), CLOSEST) * max(top, _top(call.value))
     if error > allowed:
         at = torch.where(finite, (got - exact).abs(), 0.0).argmax()
         raise Differs(
@@ -77,6 +84,12 @@ def close(
             f"({got.flatten()[at]:.6g}, not {exact.flatten()[at]:.6g}); torch is {peers:.3g} off, "
             f"{allowed:.3g} is allowed"
         )
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The relative error that writing a result in this dtype may add."""
+    steps = 1 if dtype in (torch.bfloat16, torch.float16) else 4
+    return steps * torch.finfo(dtype).eps
 
 
 def equal(out: Tensor, model: Tensor, what: str = "result") -> None:
@@ -92,11 +105,11 @@ def equal(out: Tensor, model: Tensor, what: str = "result") -> None:
 
 def _finite_parts(got: Tensor, peer: Tensor, exact: Tensor, finite: Tensor, what: str) -> Tensor:
     """Check everything that is not finite; returns where numbers remain to be compared."""
-    lost = exact.isnan() & ~got.isnan()
+    lost = exact.isnan() & peer.isnan() & ~got.isnan()
     expect(not lost.any(), f"{what} hides a NaN of its inputs at {_first(lost)}")
     leaks = got.isnan() & ~exact.isnan() & ~peer.isnan()
     expect(not leaks.any(), f"{what} is NaN at {_first(leaks)}, torch's is not")
-    apart = exact.isinf() & ~got.isnan() & (got != exact)
+    apart = exact.isinf() & peer.isinf() & (got != exact)
     expect(not apart.any(), f"{what} is not {exact[apart][:1].tolist()} at {_first(apart)}")
     endless = got.isinf() & ~exact.isinf() & ~exact.isnan() & ~peer.isinf()
     expect(not endless.any(), f"{what} is infinite at {_first(endless)}")

@@ -6,8 +6,6 @@ import ctypes
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
-
 from tests.emulator.build import NoEmulator, load
 
 
@@ -95,6 +93,8 @@ NOTHING = Live(0, 0, 0, 0, 0, 0, 0, 0)
 
 def ready(**options: int) -> Emulator:
     """The emulator, as new; skips the running test where there is none."""
+    import pytest  # benchmarks do without
+
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
     try:
         emulator = Emulator(load())

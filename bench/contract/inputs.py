@@ -28,6 +28,9 @@ class Random:
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=self._generator)
 
+    def permutation(self, count: int) -> list[int]:
+        return [int(i) for i in torch.randperm(count, generator=self._generator)]
+
     def seed(self) -> int:
         """A seed for a global generator."""
         return int(self.integers(0, 1 << 31, 1))

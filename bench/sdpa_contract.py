@@ -1,0 +1,163 @@
+"""Conformance of a scaled_dot_product_attention with torch's, and what the checks can see.
+
+`--impl pkg.mod:fn` names the replacement to examine. Samples of torch's own tests, a grid of
+shapes, masks, layouts and values, the errors of wrong calls, and the laws of autograd, transforms,
+tracing and modes: `bench/contract/__init__.py` says what is compared with what. Differences are
+listed on stderr; each begins with a label, which `--only LABEL --seed N` runs again by itself.
+
+The mutation score is the share of implementations with one flaw that are told from a right one. It
+is shown only when implementations without a flaw pass: torch's own, and a blockwise kernel in
+float32, with and without weights rounded to half precision. Needs `pip install expecttest`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bench.harness import Bench
+
+if TYPE_CHECKING:
+    from bench.contract.cases import Probe
+    from bench.contract.runner import Report
+
+IMPL = "vattn.sdpa:scaled_dot_product_attention"
+NUMERIC = ("grid", "opinfo")  # the families that kernels without checks of arguments can pass
+COMPILING = ("compiled", "compiled_shapes", "exported", "inductor")
+
+
+def run(
+    bench: Bench,
+    impl: Annotated[str, typer.Option(help="The function to examine, as pkg.mod:fn.")] = IMPL,
+    only: Annotated[str, typer.Option(help="Only the checks whose label contains this.")] = "",
+) -> None:
+    from bench.contract import FAMILIES, examine, suite
+
+    attend = load(impl)
+    begin = time.perf_counter()
+    families = [family for family in FAMILIES if only.startswith(f"{family}/")] or FAMILIES
+    probes: Iterable[Probe] = suite(
+        bench.seed, quick=bench.quick, every=bool(only), families=families
+    )
+    if only:
+        probes = [probe for probe in probes if only in probe.label]
+    elif bench.quick:
+        probes = list(probes)  # torch's answers are worked out once for ours and the controls
+    reports = {impl: examine(attend, probes, bench.seed)}
+    if not only:
+        small = list(probes) if bench.quick else list(suite(bench.seed, quick=True))
+        if impl == IMPL:
+            reports |= kernels(small, bench.seed)
+    show(bench, reports)
+    if not only:
+        mutation(bench, small)
+    seconds = time.perf_counter() - begin
+    target = None if only else bench.pick("<= 180", "<= 40")
+    bench.figure("sdpa_contract/seconds", seconds, "s", gate=True, target=target)
+
+
+def load(impl: str) -> Callable[..., Any]:
+    """The function that "pkg.mod:fn" names; BadParameter says what is wrong with the name."""
+    module, colon, name = impl.partition(":")
+    if not (module and colon and name):
+        raise typer.BadParameter(f"--impl {impl!r} is not of the form pkg.mod:fn")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(f"--impl {impl!r}: {error}") from error
+    if not callable(found):
+        raise typer.BadParameter(f"--impl {impl!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+def kernels(probes: list[Probe], seed: int) -> dict[str, Report]:
+    """Values from vattn's kernels by name: by itself it leaves calls as small as these to torch."""
+    from bench.contract import examine
+    from bench.contract.forced import KERNELS
+
+    values = [p for p in probes if p.family in NUMERIC and p.check in ("forward", "parallel")]
+    found = {}
+    for forced in KERNELS:
+        forced.served = 0
+        found[f"bench.contract.forced:{forced.impl}"] = examine(forced, values, seed)
+        say(f"{forced.impl} served {forced.served} of {len(values)} calls, by name")
+    return found
+
+
+def say(text: str) -> None:
+    """A line for the reader, not wrapped: labels are there to be copied."""
+    typer.echo(text, err=True)
+
+
+def show(bench: Bench, reports: dict[str, Report]) -> None:
+    """The figures of the examined functions; a difference turns the number of checks red."""
+    total = sum(sum(report.checks.values()) for report in reports.values())
+    labels = {
+        impl: [each.probe.label for each in report.differences] for impl, report in reports.items()
+    }
+    count = sum(map(len, labels.values()))
+    for impl, report in reports.items():
+        say(f"{impl} --seed {report.seed}")
+        for family, numbers in report.families.items():
+            say("  {}: {checks} checks, {differences} differences".format(family, **numbers))
+        if report.differences:
+            say(report.digest())
+
+    def agrees() -> bool:
+        assert not count, f"{count} of {total} checks differ: see stderr"
+        return total > 0
+
+    bench.figure(
+        "sdpa_contract/differences",
+        count,
+        "differences",
+        gate=total > 0,
+        target="<= 0",
+        families={impl: report.families for impl, report in reports.items()},
+        labels=labels,
+    )
+    bench.figure("sdpa_contract/checks", total, "checks", gate=agrees)
+
+
+def mutation(bench: Bench, probes: list[Probe]) -> None:
+    """The share of flawed implementations that are seen, behind the gate that right ones pass."""
+    from bench.contract import mutate, score
+
+    # Compilation tells no more of these than a fake tensor does, and takes most of the time.
+    probes = [probe for probe in probes if probe.check not in COMPILING]
+    verdicts = mutate(probes, bench.seed)
+    for verdict in verdicts:
+        say(f"  {verdict}"[:200])
+    bench.figure(
+        "sdpa_contract/mutation_score",
+        score(verdicts),
+        "of controls",
+        gate=lambda: fair(probes, bench.seed, quick=bench.quick),
+        target=">= 1",
+        controls=len(verdicts),
+        seen={v.flaw.name: v.seen.probe.label for v in verdicts if v.seen},
+        missed=[v.flaw.name for v in verdicts if not v.seen],
+    )
+
+
+def fair(probes: list[Probe], seed: int, *, quick: bool) -> bool:
+    """Implementations without a flaw pass: torch's own everything, kernels whatever is numbers."""
+    from bench.contract import HONEST, examine
+
+    for name, attend in HONEST.items():
+        if quick and name == "blockwise":
+            continue  # in float32 and float64 the same as "rounding", in half precision finer
+        numeric = name != "identity"
+        if quick or numeric:
+            mine = [probe for probe in probes if (probe.family in NUMERIC) is numeric]
+        else:
+            mine = probes
+        found = examine(attend, mine, seed).differences
+        assert not found, f"{name}, which is right, differs in {len(found)} checks: {found[0]}"
+    return True

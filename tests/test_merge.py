@@ -1,0 +1,79 @@
+"""Joining partial attention by log-sum-exp: any cut of the keys gives the whole answer."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tests.attention import fresh_seed
+from vattn.kernels.contract import reference as attention
+from vattn.kernels.merge import merge, reference
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    return fresh_seed()
+
+
+def parts(cuts: list[int], keys: int, mask: torch.Tensor | None = None):
+    query, key, value = (
+        torch.randn(2, 4, 3, 8),
+        torch.randn(2, 2, keys, 8),
+        torch.randn(2, 2, keys, 5),
+    )
+    edges = [0, *cuts, keys]
+    found = [
+        attention(query, key[:, :, a:b], value[:, :, a:b], None if mask is None else mask[..., a:b])
+        for a, b in pairwise(edges)
+    ]
+    outs, lses = (torch.stack(side) for side in zip(*found, strict=True))
+    return outs, lses, attention(query, key, value, mask)
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [7, 8], [3, 3, 12], [0, 17], [17]])
+def test_any_cut_gives_the_whole(cuts: list[int]) -> None:
+    outs, lses, (out, lse) = parts(cuts, 17)
+    found, sums = merge(outs, lses)
+    torch.testing.assert_close(found, out, atol=1e-12, rtol=0)
+    torch.testing.assert_close(sums, lse, atol=1e-12, rtol=0)
+
+
+def test_float32_sums_of_half_results() -> None:
+    outs, lses, (out, lse) = parts([5, 9], 17)
+    found, sums = merge(outs.bfloat16(), lses.float())
+    assert found.dtype == torch.bfloat16
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(found.double(), out, atol=0.02, rtol=0)
+    torch.testing.assert_close(sums.double(), lse, atol=1e-5, rtol=0)
+
+
+def test_parts_that_see_nothing_are_not_read() -> None:
+    mask = torch.rand(2, 4, 3, 17) < 0.7
+    mask[..., 5:9] = False
+    mask[0, 1, 2] = False
+    outs, lses, (out, lse) = parts([5, 9], 17, mask)
+    outs = outs.masked_fill((lses == float("-inf"))[..., None], float("nan"))
+    found, sums = merge(outs, lses)
+    torch.testing.assert_close(found, out, atol=1e-12, rtol=0)
+    torch.testing.assert_close(sums, lse, atol=1e-12, rtol=0)
+    assert found[0, 1, 2].eq(0).all()
+    assert sums[0, 1, 2] == float("-inf")
+
+
+@pytest.mark.parametrize("shift", [-1e4, 0.0, 1e4])
+def test_large_sums_do_not_overflow(shift: float) -> None:
+    outs, lses = torch.randn(3, 4, 8), torch.randn(3, 4)
+    found, sums = merge(outs, lses + shift)
+    exact, _ = reference(outs, lses)
+    torch.testing.assert_close(found.double(), exact, atol=2e-3, rtol=0)
+    assert sums.isfinite().all()
+
+
+def test_a_nan_part_is_seen() -> None:
+    outs, lses = torch.randn(2, 4, 8), torch.randn(2, 4)
+    outs[1, 2] = float("nan")
+    found, _ = merge(outs, lses)
+    assert found[2].isnan().all()
+    assert not found[[0, 1, 3]].isnan().any()
