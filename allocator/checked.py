@@ -43,6 +43,7 @@ class CheckedBackend:
     def __init__(self, inner: Backend, *, fail_at: int | None = None) -> None:
         self.inner = inner
         self.page_bytes, self.granularity = inner.page_bytes, inner.granularity
+        self.devices = inner.devices
         self.fail_at = fail_at
         self.calls: Counter[str] = Counter()
         self.count = 0  # failable calls so far

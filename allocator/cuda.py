@@ -53,7 +53,8 @@ class CudaBackend:
         scrub: zero every page before it is first seen, see `handles`.
 
     Attributes: ``kind`` of its pages, ``refusals`` why they are no better, ``flights`` the flight
-    recorder, ``fences`` its waits, ``maps`` as the records count them.
+    recorder, ``fences`` its waits, ``maps`` as the records count them, ``devices`` that read its
+    pages.
 
     Raises:
         NoDeviceError: no bindings, driver or device, or one without virtual memory management.
@@ -76,6 +77,9 @@ class CudaBackend:
         scrub: bool = True,
     ) -> None:
         self.device, self.peers = device, tuple(peers)
+        self.devices: tuple[str, ...] = tuple(f"cuda:{i}" for i in (device, *peers))
+        if host_node is not None:
+            self.devices = (*self.devices, "cpu")
         self.calls: Counter[str] = Counter()
         self.flights = FlightRecorder()
         self.maps = 0
@@ -187,6 +191,11 @@ class CudaBackend:
         if not self.context.open:
             return 0
         return (self.handles.resident + (self.mappings.zero_page is not None)) * self.page_bytes
+
+    @current
+    def available_bytes(self) -> int:
+        """Memory that the device could give to new pages now, whoever else asks for it."""
+        return self.driver.free_memory()
 
     def huge_bytes(self) -> int:
         return 0  # a device maps by pages of its own

@@ -188,6 +188,13 @@ class Driver:
         kind = types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         return self._value("cuMemImportFromShareableHandle", fd, kind)
 
+    def free_memory(self) -> int:
+        """Bytes of the current context's device that nobody holds."""
+        code, free, _total = self.cuda.cuMemGetInfo()
+        if code:
+            raise self.error("cuMemGetInfo", code, 0, 0)
+        return int(free)
+
     # ---- mapping -----------------------------------------------------------------------------
     def map(self, address: int, nbytes: int, handle: int) -> None:
         (code,) = self.cuda.cuMemMap(address, nbytes, 0, handle, 0)

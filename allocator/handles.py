@@ -49,6 +49,8 @@ class Handles:
 
     def run(self, page: int, count: int) -> list[int]:
         """The handles of pages ``page .. page+count``."""
+        if count == 1:  # a decode step
+            return [self[page]]
         try:
             return list(map(self._handles.__getitem__, range(page, page + count)))
         except KeyError as error:
@@ -120,8 +122,12 @@ class Handles:
     def release_doomed(self) -> None:
         with suppress(DriverError):
             while self._doomed:
-                self.driver.destroy(self._doomed[-1], self.page_bytes)
-                self._doomed.pop()
+                handle = self._doomed.pop()  # before the call: another thread may do the same
+                try:
+                    self.driver.destroy(handle, self.page_bytes)
+                except BaseException:
+                    self._doomed.append(handle)
+                    raise
 
     def close(self) -> None:
         """Release all, as far as the driver takes it."""

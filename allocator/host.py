@@ -60,6 +60,7 @@ class HostBackend:
     """
 
     granularity = mmap.PAGESIZE
+    devices: tuple[str, ...] = ("cpu",)
 
     def __init__(self, page_bytes: int = 64 << 10, *, map_limit: int | None = None) -> None:
         if page_bytes <= 0 or page_bytes % self.granularity:

@@ -280,26 +280,25 @@ class Pool:
                 self.trim(self.warm_high)
 
     def lend(self, n: int) -> PageIds:
-        """Lend up to ``n`` cold pages, as far as the budget has room for more bytes, to a thread
-        that makes them warm. Until `return_warm` they count as pending."""
+        """Lend up to ``n`` cold ids, as far as the budget has room for more bytes, to a thread that
+        creates them and makes them warm, outside of any turn. Until `return_warm` they count as
+        pending, created or not."""
         with self.turn:
             n = min(n, self.total - self.created)
             ids = self.table.take_spare(max(n, 0))
-            try:
-                self._create(ids)
-            except BaseException:
-                self.table.recycle(ids)
-                raise
             self.table.state[ids] = QUARANTINED
             self.lent += len(ids)
             return ids
 
-    def return_warm(self, ids: PageIds) -> None:
-        """Take lent pages back; they are free and warm."""
+    def return_warm(self, ids: PageIds, made: int) -> None:
+        """Take lent pages back: the first ``made`` of them exist and are free and warm, the others
+        are free and cold, as they were."""
         with self.turn:
             self.lent -= len(ids)
-            self._keep_warm(ids)
-            self._make_room([ids])
+            self._keep_warm(ids[:made])
+            self.table.state[ids[made:]] = FREE
+            self.table.recycle(ids[made:])
+            self._make_room([ids[:made]])
 
     # ---- giving memory back ----------------------------------------------------------------
     def trim(self, keep_pages: int = 0) -> int:
@@ -324,7 +323,8 @@ class Pool:
         return gone
 
     def set_budget(self, budget_bytes: int) -> None:
-        """Change the budget now. Warm pages go at once; pages in use stay until given back.
+        """Change the budget now. Warm pages go at once, and what reclaimers find without a live
+        row; pages in use stay until given back, and `over` counts them.
 
         Raises:
             OutOfRange: negative. DriverError: the budget is as before.
@@ -333,6 +333,8 @@ class Pool:
             old, self.total = self.total, self._budget_pages(budget_bytes)
             try:
                 self._make_room()
+                if self.over:
+                    self._shrink(self.mapped - self.over)
             except BaseException:
                 self.total = old
                 raise
@@ -353,6 +355,15 @@ class Pool:
         if budget_bytes < 0:
             raise OutOfRange(f"budget must not be negative, got {budget_bytes} bytes")
         return budget_bytes // self.page_bytes
+
+    def _shrink(self, mapped: int) -> None:
+        """Ask the reclaimers until no more than ``mapped`` pages are mapped, as far as they can."""
+        if self.lent and self.recall is not None:
+            self.recall()
+            self._make_room()
+        for reclaimer in self.reclaimers:
+            if self.over and self.mapped > mapped:
+                reclaimer(self.mapped - max(mapped, 0))
 
     def _check_mapped(self, ids: PageIds, what: str) -> None:
         if len(ids) and not (self.table.state[ids] == MAPPED).all():

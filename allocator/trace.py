@@ -69,7 +69,7 @@ class TracedBackend:
         self.inner = inner
         self.trace = Trace() if trace is None else trace
         self.page_bytes, self.granularity = inner.page_bytes, inner.granularity
-        self.calls = inner.calls
+        self.calls, self.devices = inner.calls, inner.devices
 
     @property
     def maps(self) -> int:

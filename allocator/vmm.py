@@ -24,6 +24,7 @@ class Backend(Protocol):
     page_bytes: int
     granularity: int
     calls: Counter[str]  # verbs that reached the system, by name
+    devices: tuple[str, ...]  # that read the pages, as torch names them; where they lie first
 
     @property
     def maps(self) -> int:
@@ -45,14 +46,15 @@ class Backend(Protocol):
         """Give a whole reservation back. Nothing may be mapped or read there any more."""
 
     def create(self, page: int, count: int) -> None:
-        """Make ``count`` pages from id ``page`` exist (bytes may be committed at first touch)."""
+        """Make ``count`` pages from id ``page`` exist (bytes may be committed at first touch). May
+        run on another thread, next to all other verbs, for pages that nobody else knows of."""
 
     def destroy(self, page: int, count: int) -> None:
         """Return the bytes of ``count`` pages to the system; created again, they read as zeros."""
 
     def warm(self, page: int, count: int) -> None:
         """Commit the bytes of existing pages now, by huge pages where the system will. Contents
-        stay. The one verb that may run on another thread, next to all others."""
+        stay. As `create`, on any thread."""
 
     def map(self, address: int, page: int, count: int) -> None:
         """Back ``count`` pages of address space with pages ``page .. page+count``, read-write."""

@@ -1,15 +1,18 @@
 """Warm pages, made ahead: a thread that touches and collapses pages while the model computes.
 
     step boundary                    this thread
-    pool.advance() ── wakes ──►      lend: cold pages become pending (they count in the budget)
-                                     warm: commit their bytes, by huge pages where the kernel will
+    pool.advance() ── wakes ──►      lend: cold ids become pending (they count in the budget)
+                                     create: make the page (0.2 ms for a handle of a device)
+                                     warm: commit its bytes, by huge pages where the kernel will
                                      return: they are free and warm
 
 The thread takes a turn of the pool to lend and to return (microseconds); the slow part, 0.2 ms to
 2 ms a page, runs outside of it and touches only pages that nobody else can take. Who needs the
-budget of lent pages takes them back (`recall`), and waits for the page in hand at most. Where the
-kernel refuses huge pages, `refused` says why, and the pages are warm all the same. It sleeps until
-a step boundary or a request wakes it, and ends with its context.
+budget of lent pages takes them back (`recall`), and waits for the page in hand at most; those that
+were not made yet go back as cold as they came. Where the kernel refuses huge pages, `refused` says
+why, and the pages are warm all the same; where it has no page at all, the thread rests for some
+step boundaries: asking again at each would only take memory from those who need it now. It sleeps
+until a step boundary or a request wakes it, and ends with its context.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from .quarantine import PageIds
 from .table import MAPPED
 
 BATCH_PAGES = 8  # lent at once
+REST_STEPS = 64  # boundaries without a page made after the system had none
 NONE: PageIds = np.zeros(0, np.int64)
 
 
@@ -52,7 +56,8 @@ class Warmer:
         self._wake = threading.Event()
         self._idle = threading.Event()
         self._closing = False
-        self._lent = NONE
+        self._lent, self._made = NONE, 0  # and how many of them exist
+        self._rest = 0  # boundaries to come without a page made
         self._work = threading.Lock()  # held while lent pages are touched; never around a turn
         self._thread = threading.Thread(target=self._run, name="vattn-warmer", daemon=True)
 
@@ -72,6 +77,7 @@ class Warmer:
 
     def wake(self) -> None:
         """Look whether pages are wanted. `Pool.advance` calls it."""
+        self._rest = max(0, self._rest - 1)
         self._idle.clear()
         self._wake.set()
 
@@ -90,7 +96,7 @@ class Warmer:
         """Return the lent pages now, the page in hand being finished first. Within a turn."""
         lent, self._lent = self._lent, NONE  # the thread stops at its next page
         with self._work:
-            self.pool.return_warm(lent)
+            self.pool.return_warm(lent, self._made if len(lent) else 0)
 
     def settle(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to do; False if that took longer than ``timeout`` seconds."""
@@ -130,26 +136,27 @@ class Warmer:
     def _make_some(self) -> bool:
         """Warm a few pages; False if none is wanted or to be had."""
         wanted = min(self.low - self.pool.warm, BATCH_PAGES)
-        if wanted <= 0:
+        if wanted <= 0 or self._rest:
             return False
-        try:
-            with self.pool.turn:
-                lent = self._lent = self.pool.lend(wanted)
-        except DriverError as error:
-            self.refused = str(error)
-            return False
+        with self.pool.turn:
+            lent, self._made = self.pool.lend(wanted), 0
+            self._lent = lent
         try:
             for page in lent.tolist():
                 with self._work:
                     if self._closing or self._lent is not lent:
                         break
+                    self.pool.backend.create(page, 1)
+                    self._made += 1
                     self._commit(page, 1)
                     self.made += 1
+        except DriverError as error:
+            self.refused, self._rest = str(error), REST_STEPS
         finally:
             with self.pool.turn:
                 if self._lent is lent:
                     self._lent = NONE
-                    self.pool.return_warm(lent)
+                    self.pool.return_warm(lent, self._made)
         return len(lent) > 0
 
     def _collapse_some(self) -> bool:

@@ -154,17 +154,32 @@ class Slots:
 
     def reclaim(self, pages: int) -> int:
         """Unmap up to ``pages`` pages without a live token, parked slots first."""
-        gone, epoch = 0, self.arena.pool.quarantine.epoch
-        for slot in list(self._parked):
-            if gone < pages and not self.arena.pins[slot]:
-                gone += self.arena.drop(slot, quiesced=bool(self._closed_at[slot] < epoch))
-                self.lengths.room[slot] = 0
-                del self._parked[slot]
-                self._empty[slot] = None
-        needed = self.lengths.needed_pages()
-        for slot in self.open_slots():
-            if gone < pages and not self.arena.pins[slot]:
-                gone += self.arena.trim(slot, 0, needed.item(slot))
-                self.lengths.measure_one(slot)
-        self.arena.pool.drain()
+        arena, gone = self.arena, 0
+        chosen: dict[bool, list[int]] = {True: [], False: []}  # unread for a whole epoch?
+        held = (arena.last - arena.first).sum(axis=1)
+        for slot in self._parked:
+            if gone >= pages:
+                break
+            if not arena.pins.item(slot):
+                gone += held.item(slot)
+                chosen[self._closed_at.item(slot) < arena.pool.quarantine.epoch].append(slot)
+        for quiesced, slots in chosen.items():
+            if slots:
+                self._empty_parked(sorted(slots), quiesced=quiesced)
+        if gone < pages:
+            needed = self.lengths.needed_pages()
+            roomy = (arena.last > needed[:, None]).any(axis=1) & (self.generation & 1 == 1)
+            for slot in np.flatnonzero(roomy & (arena.pins == 0)).tolist():
+                if gone < pages:
+                    gone += arena.trim(slot, 0, needed.item(slot))
+                    self.lengths.measure_one(slot)
+        arena.pool.drain()
         return gone
+
+    def _empty_parked(self, slots: list[int], *, quiesced: bool) -> None:
+        """Unmap parked slots, all or none."""
+        self.arena.drop_all(np.array(slots), quiesced=quiesced)
+        self.lengths.room[slots] = 0
+        for slot in slots:
+            del self._parked[slot]
+            self._empty[slot] = None

@@ -19,8 +19,8 @@ class Random:
         self._generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64)
-        return drawn.to(dtype)
+        drawn_as = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.randn(shape, generator=self._generator, dtype=drawn_as).to(dtype)
 
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self._generator)
