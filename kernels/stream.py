@@ -48,6 +48,7 @@ THREAD_BYTES = 512 << 10
 # How long to look for the last units of others before sleeping, and for how long then, in seconds.
 SPINS, NAP = 4000, 20e-6
 _is_lazy: Callable[[Tensor], bool] = getattr(torch._C, "_is_cow_tensor", lambda tensor: False)
+_storage_address: Callable[[Tensor], int] = getattr(torch._C, "_data_address", Tensor.data_ptr)
 # Words of a call that need not say anything.
 NO_MASK, NOT_RAGGED = (0,) * 6, (0,) * 6
 
@@ -55,8 +56,8 @@ NO_MASK, NOT_RAGGED = (0,) * 6, (0,) * 6
 def _read(tensor: Tensor) -> int:
     """The address of a tensor that is only read: `data_ptr` would copy one that is a lazy clone."""
     if _is_lazy(tensor):
-        storage: int = torch._C._data_address(tensor)
-        return storage + tensor.storage_offset() * tensor.element_size()
+        storage: int = _storage_address(tensor)
+        return storage + int(tensor.storage_offset()) * tensor.element_size()
     return tensor.data_ptr()
 
 

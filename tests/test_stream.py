@@ -146,6 +146,17 @@ def test_queries_and_results_of_any_stride() -> None:
 
 
 @numba
+def test_lazy_clones_stay_lazy() -> None:
+    query, key, value, _ = Case(keys=50).inputs()
+    clones = [torch._lazy_clone(t) for t in (query, key, value)]
+    clones[1:] = [torch._lazy_clone(t.contiguous())[:, 1:] for t in (key, value)]
+    out = stream(clones[0][:, 4:], *clones[1:])
+    assert all(torch._C._is_cow_tensor(clone) for clone in clones)
+    exact, _ = reference(query[:, 4:], key[:, 1:], value[:, 1:])
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=0)
+
+
+@numba
 def test_bits_do_not_depend_on_threads_or_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "THREAD_BYTES", 1)
     query, key, value, _ = Case(batch=3, keys=5000, dtype=torch.bfloat16).inputs()
