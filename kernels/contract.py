@@ -61,6 +61,8 @@ def _check_mask(mask: Tensor, query: Tensor, keys: int) -> None:
     limits = (batch, heads, length, keys)
     if not shape or any(a not in (1, b) for a, b in zip(shape, limits, strict=True)):
         raise ValueError(f"mask {tuple(mask.shape)} must be 2-D or 4-D and broadcast to {limits}")
+    if not mask.is_cpu:
+        raise ValueError(f"mask is on {mask.device} and must be on the CPU")
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise ValueError(f"mask is {mask.dtype}: must be bool, float32 or {query.dtype}")
 
@@ -73,6 +75,15 @@ def check_rows(key: Tensor, value: Tensor) -> None:
                 f"{name} has stride {tensor.stride(3)} in its last dimension and must have 1: "
                 f"pass {name}.contiguous(), or use the grouped kernel"
             )
+
+
+def plain_rows(query: Tensor) -> Tensor:
+    """The query with the elements of each row side by side and rows that do not overlap, without a
+    copy where it is so: `empty_like` of any other, as torch's kernel makes its result, has gaps."""
+    _, _, length, dim = query.shape
+    if query.stride(3) == 1 and (length == 1 or query.stride(2) >= dim):
+        return query
+    return query.contiguous()
 
 
 def empty_rows(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vattn.kernels.contract import EMPTY, additive, check, check_rows, empty_rows
+from vattn.kernels.contract import EMPTY, additive, check, check_rows, empty_rows, plain_rows
 from vattn.kernels.merge import merge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -118,11 +118,12 @@ def attend(
         return empty_rows(query, value)
     groups = heads // kv_heads
     # torch's kernel takes the elements of a row to lie side by side, and does not look.
-    rows = pack_rows(query if query.stride(3) == 1 else query.contiguous(), groups)
+    rows = pack_rows(plain_rows(query), groups)
     bias = additive(pack_mask(mask, groups, length), query.dtype)
     parts = chunks(batch * kv_heads * -(-rows.shape[2] // TASK_ROWS), keys)
-    if parts > 1:
-        out, lse = _split(rows, key, value, bias, scale, parts)
+    split = _split(rows, key, value, bias, scale, parts) if parts > 1 else None
+    if split is not None:
+        out, lse = split
     else:
         out, lse = _flash(rows, key, value, attn_mask=bias, scale=scale)
         lse = _mark_empty(lse, bias) if want_lse else lse
@@ -136,8 +137,9 @@ def _split(
     bias: Tensor | None,
     scale: float | None,
     parts: int,
-) -> tuple[Tensor, Tensor]:
-    """Attend with the keys of each head cut into ``parts`` equal chunks and a short remainder."""
+) -> tuple[Tensor, Tensor] | None:
+    """Attend with the keys of each head cut into ``parts`` equal chunks and a short remainder. None
+    where all scores of a row in a chunk are -inf without a mask: torch gives no norm of these."""
     batch, kv_heads, count, dim = rows.shape
     size = key.shape[2] // parts
     whole = size * parts
@@ -158,7 +160,10 @@ def _split(
             some, sums = _flash(rows[b : b + 1], *rest, attn_mask=mask, scale=scale)
             pieces.append(some)
             norms.append(_mark_empty(sums, mask))
-        out[b], joined = merge(torch.cat(pieces), torch.cat(norms))
+        outs, norm = torch.cat(pieces), torch.cat(norms)
+        if ((norm == 0) & (outs == 0).all(-1)).any():
+            return None
+        out[b], joined = merge(outs, norm)
         lse.append(joined)
     return out, torch.stack(lse)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 
 Work = Callable[[], object]
@@ -35,7 +36,7 @@ class Pool:
         """Let up to ``helpers`` threads call ``work``, now or a little later."""
         if self.threads < helpers:
             self._start(helpers)
-        for _ in range(helpers):
+        for _ in range(min(helpers, self.threads)):
             self._queue.put(work)
 
     def _start(self, helpers: int) -> None:
@@ -43,7 +44,10 @@ class Pool:
             while self.threads < helpers:
                 name = f"vattn-stream-{self.threads}"
                 thread = threading.Thread(target=serve, args=(self._queue,), name=name, daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # no thread is to be had: the caller does the work alone
+                    return
                 self.threads += 1
 
 
@@ -51,7 +55,9 @@ def serve(queue: SimpleQueue[Work]) -> None:
     """Call what comes, for ever."""
     while True:
         work = queue.get()
-        work()
+        # The caller runs the same work and meets the same error; this thread serves others, too.
+        with suppress(Exception):
+            work()
         # A finished call must not be kept alive by the thread that waits for the next one.
         del work
 

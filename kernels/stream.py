@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vattn.kernels.contract import check, check_rows, empty_rows
+from vattn.kernels.contract import check, check_rows, empty_rows, plain_rows
 from vattn.kernels.pool import POOL
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,8 +67,10 @@ def available() -> str | None:
     try:
         import numba
         from llvmlite import binding
-    except ImportError as error:
-        return f"numba is not installed ({error}): pip install 'vattn[cpu]'"
+    except Exception as error:  # an extra may fail in any way while it loads
+        return f"numba cannot be imported ({error}): pip install 'vattn[cpu]'"
+    if getattr(numba.config, "DISABLE_JIT", False):
+        return "numba compiles nothing: NUMBA_DISABLE_JIT is set"
     if numba.version_info.short < NUMBA:
         return f"numba {numba.__version__} is older than 0.61: pip install -U 'vattn[cpu]'"
     machine = binding.get_process_triple().partition("-")[0]
@@ -132,6 +134,7 @@ class Rows:
     kv_heads: int
     head_bytes: int
     token_bytes: int
+    keep: object = None  # what owns the rows: held until the last thread is done
 
 
 def stream_ragged(
@@ -143,7 +146,7 @@ def stream_ragged(
     tokens, itself included. Returns ([B, Hq, L, D], log-sum-exp [B, Hq, L]). All rows must stay
     mapped until this returns.
     """
-    query = query if query.stride(3) == 1 else query.contiguous()
+    query = plain_rows(query)
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if query.numel() == 0:
@@ -160,7 +163,8 @@ def stream_ragged(
     ragged = (*[a.ctypes.data for a in arrays], 1, window)
     lies = (*steps, *steps, *ragged)
     sizes = (rows.kv_heads, keys, dim)
-    _launch(query, out, lse, sizes, lies, NO_MASK, cut, (units, int(chunks.max())), scale, arrays)
+    counts = (units, int(chunks.max()))
+    _launch(query, out, lse, sizes, lies, NO_MASK, cut, counts, scale, (arrays, rows))
     return out, lse
 
 
@@ -187,8 +191,7 @@ def attend(
         if lse is not None:
             lse.copy_(empty)
         return out
-    if query.stride(3) != 1:
-        query = query.contiguous()
+    query = plain_rows(query)
     if value_dim == dim:
         out = torch.empty_like(query)
     else:

@@ -126,3 +126,13 @@ def test_packing_is_one_frame_for_rows_and_masks() -> None:
             row = (head % 3) * 3 + position
             assert torch.equal(rows[:, head // 3, row], query[:, head, position])
             assert torch.equal(packed_mask[:, head // 3, row], mask[:, head, position])
+
+
+def test_scores_that_overflow_in_a_whole_chunk_have_no_weight() -> None:
+    # Two chunks of 2,048 tokens; every score of the first is -inf, without a mask.
+    query = torch.rand(1, 8, 1, 16, dtype=torch.float64) + 0.5
+    key, value = torch.randn(2, 1, 1, 4096, 16, dtype=torch.float64)
+    key[:, :, :2048] = -1e308
+    out = packed(query, key, value)
+    exact = reference(query, key[:, :, 2048:], value[:, :, 2048:])[0]
+    assert (out - exact).abs().max().item() <= 1e-12

@@ -149,3 +149,30 @@ def test_absent_numba_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stream, "available", lambda: "not here")
         second = attend(query, cache.view(sequences), 2)
         torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 4, 40])
+@pytest.mark.parametrize("form", ["transposed", "permuted", "overlapping", "negated"])
+def test_queries_of_any_strides(form: str, length: int, way: str) -> None:
+    cache, sequences = filled("per_layer", [60, 131])
+    heads = HEADS * GROUPS
+    made = {
+        "transposed": lambda: torch.randn(2, heads, DIM, length).mT,
+        "permuted": lambda: torch.randn(length, 2, DIM, heads).permute(1, 3, 0, 2),
+        "overlapping": lambda: torch.randn(2, heads, length + DIM).unfold(2, DIM, 1)[:, :, :length],
+        "negated": lambda: torch._neg_view(torch.randn(2, heads, length, DIM)),
+    }
+    query = made[form]()
+    with cache:
+        view = cache.view(sequences)
+        plain = torch.empty(query.shape).copy_(query)
+        limit = tolerance(plain.double(), torch.float32, 131)
+        error = (attend(query, view, 0) - attend(plain, view, 0)).abs().max().item()
+        assert error <= limit
+
+
+def test_a_dtype_that_no_kernel_takes_is_refused() -> None:
+    cache, sequences = filled("per_layer", [20], "float8_e4m3fn")
+    query = torch.randn(1, HEADS * GROUPS, 1, DIM).to(cache.dtype)
+    with cache, pytest.raises(LayoutError, match="serves float32, bfloat16 and float16"):
+        attend(query, cache.view(sequences), 0)

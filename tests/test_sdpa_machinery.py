@@ -386,3 +386,12 @@ def test_the_context_of_a_plain_call_is_no_context(ran: list[str]) -> None:
         ours(*decode(), enable_gqa=True)
     assert len(ran) == 1
     assert F.scaled_dot_product_attention is NATIVE
+
+
+def test_the_public_operation_refuses_what_its_kernel_would_misread() -> None:
+    query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1000, 16)
+    with pytest.raises(ValueError, match="tokens and head_dim must agree"):
+        torch.ops.vattn.attend(query, key, key[:, :, :2], None, None, "packed")
+    wide = torch.randn(1, 2, 1000, 32)[..., ::2]
+    with pytest.raises(ValueError, match="must have 1"):
+        torch.ops.vattn.attend(query, wide, wide, None, None, "packed")

@@ -18,6 +18,7 @@ import torch
 from tests.attention import MASKS, ROWS, Case, assert_exact, fresh_seed
 from vattn.kernels import stream as module
 from vattn.kernels.contract import reference
+from vattn.kernels.pool import Pool
 from vattn.kernels.stream import Rows, available, stream, stream_lse, stream_ragged
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -280,3 +281,26 @@ def test_interrupt_leaves_it_usable(monkeypatch: pytest.MonkeyPatch) -> None:
         while True:
             stream(query, key, value)
     assert torch.equal(stream(query, key, value), exact)
+
+
+def test_a_thread_that_failed_serves_on_and_a_missing_one_is_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Pool()
+
+    def failing() -> None:
+        raise MemoryError
+
+    done = threading.Event()
+    pool.post(failing, 1)
+    pool.post(done.set, 1)
+    assert done.wait(timeout=30)
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    alone = Pool()
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    alone.post(failing, 3)  # the caller does it all
+    assert alone.threads == 0
+    assert alone._queue.empty()

@@ -3,7 +3,8 @@
     query [B, Hq, L, D], sequence i holding S_i tokens  ->  [B, Hq, L, D]
 
 The queries are the last L tokens of each sequence, so the mask is causal, aligned bottom-right:
-query l of sequence i sees tokens 0 .. S_i - L + l, or the last ``window_tokens`` of these.
+query l of sequence i sees tokens 0 .. S_i - L + l, or the last ``window_tokens`` of these. Tokens
+that a sequence has released (`KVCache.release_before`) are not seen.
 
 Where numba is installed, all sequences are one call of the stream kernel: it takes addresses and
 lengths, so nothing is padded, gathered or copied. Elsewhere, and for many queries, each sequence is
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vattn.kernels import packed, stream
-from vattn.kernels.contract import empty_rows
+from vattn.kernels.contract import empty_rows, plain_rows
 from vattn.kernels.merge import merge
 from vattn.layout import LayoutError
 from vattn.sequence import Ragged, View
@@ -62,6 +63,8 @@ def attend_lse(
     rows = query.shape[1] // view.cache.layout.kv_heads * query.shape[2]
     if query.numel() == 0:
         return empty_rows(query, query)
+    # The kernels read the elements of a row side by side, and as they lie in memory.
+    query = plain_rows(query.resolve_neg())
     if rows <= STREAM_ROWS and stream.available() is None:
         head, token, _ = ragged.strides
         item = query.itemsize
@@ -72,6 +75,7 @@ def attend_lse(
             view.cache.layout.kv_heads,
             head * item,
             token * item,
+            keep=ragged,
         )
         return stream.stream_ragged(query, places, scale=scale, window=window_tokens or 0)
     parts = [
@@ -131,6 +135,11 @@ def _check(query: Tensor, view: View, ragged: Ragged, window: int | None) -> Non
         raise LayoutError(
             f"query is {query.dtype} on {query.device}, the cache {view.cache.dtype} on the CPU: "
             "convert the query"
+        )
+    if query.dtype not in stream.DTYPES:
+        raise LayoutError(
+            f"attend serves float32, bfloat16 and float16, the cache holds {query.dtype}: convert "
+            "its rows and use scaled_dot_product_attention"
         )
     if query.shape[1] % layout.kv_heads:
         raise LayoutError(

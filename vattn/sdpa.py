@@ -59,7 +59,8 @@ def scaled_dot_product_attention(
     `attn_mask` with `is_causal=True` raises RuntimeError, as documented (the kernel applies both);
     K and V of different lengths raise RuntimeError (it reads past the shorter one); a float32 mask
     over float64 tensors is added (it reads the mask's bytes as float64); a causal call with a scale
-    of 0 or less is computed (it returns NaN).
+    of 0 or less is computed (it returns NaN). NaN and infinities in V behind a weight of 0 may be
+    hidden where torch shows them, and shown where it hides them.
 
     `impl` is "auto", "native" (torch), "packed", "grouped" or "stream". A kernel asked for by name
     serves the call or raises `paths.ImplError` with the reason; `explain` tells what "auto" takes.

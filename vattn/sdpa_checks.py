@@ -78,7 +78,7 @@ def positive_scale(query: Tensor, scale: Any) -> tuple[Tensor, Any]:
 
     torch's CPU kernel multiplies the -inf of hidden keys by the scale: 0 and less give NaN.
     """
-    if type(scale) not in (float, int) or scale > 0 or not query.is_cpu or query.is_nested:
+    if not isinstance(scale, (float, int)) or scale > 0 or not query.is_cpu or query.is_nested:
         return query, scale
     if query.dtype not in FLOATS or scale != scale:
         return query, scale
@@ -136,6 +136,8 @@ def _why_context() -> str | None:
         return "forward-mode differentiation is active"
     if torch.compiler.is_compiling():
         return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is active"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a torch dispatch mode is active"
     return None

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from vattn import paths
+from vattn.kernels import contract, stream
+from vattn.sdpa_checks import FLOATS
 
 
 @torch.library.custom_op(
@@ -25,7 +27,17 @@ from vattn import paths
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, impl: str
 ) -> Tensor:
-    """Run the kernel ``impl``: shapes, dtypes and strides as in `scaled_dot_product_attention`."""
+    """Run the kernel ``impl``: shapes, dtypes and strides as in `scaled_dot_product_attention`.
+
+    Raises ValueError for tensors that the kernel cannot take: the operation is public, and a
+    compiler may hand it other strides than it traced.
+    """
+    rows = mask[None] if mask is not None and mask.dim() == 3 else mask
+    contract.check(query, key, value, rows, stream.DTYPES if impl == "stream" else FLOATS)
+    if impl != "grouped":
+        contract.check_rows(key, value)
+    if impl == "packed" and key.shape[3] != value.shape[3]:
+        raise ValueError(f"packed needs one head_dim, got {key.shape[3]} and {value.shape[3]}")
     return paths.run(impl, query, key, value, mask, scale)
 
 
