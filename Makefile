@@ -28,7 +28,7 @@ bench: .venv/dev.stamp
 gpu: .venv/dev.stamp
 	$(BIN)/python -m pytest -m gpu
 	mkdir -p bench/results
-	$(BIN)/python -m bench all --quick --json > bench/results/gpu.jsonl
+	$(BIN)/python -m bench gpu_vmm --json > bench/results/gpu_vmm.jsonl
 
 fuzz: .venv/dev.stamp
 	$(BIN)/python -m pytest tests -m fuzz

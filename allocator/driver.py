@@ -31,7 +31,8 @@ REMEDIES: Final = {
 }
 DEAD: Final = (
     "The context of this process is dead and has to be restarted. If a kernel read memory that was "
-    "unmapped, the backend's flight recorder says who unmapped it."
+    "unmapped, the backend's flight recorder says who unmapped it: backend.flights.save(FILE), "
+    "then `vattn doctor --trace FILE`."
 )
 # CUresult of faults that no later call survives.
 FATAL: Final = frozenset({214, 700, 702, 714, 715, 716, 717, 718, 719})

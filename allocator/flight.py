@@ -7,11 +7,16 @@ one tuple each, always on.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
 from threading import get_ident
 from time import time_ns
 from typing import NamedTuple
+
+from .errors import VattnError
 
 
 class Flight(NamedTuple):
@@ -41,6 +46,24 @@ class FlightRecorder:
 
     def __len__(self) -> int:
         return len(self._ring)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the record as JSON lines, for `vattn doctor --trace` in another process: the one
+        with the fault may not live long."""
+        Path(path).write_text("".join(json.dumps(f._asdict()) + "\n" for f in self))
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> list[Flight]:
+        """What `save` wrote.
+
+        Raises:
+            VattnError: the file holds something else.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            return [Flight(**json.loads(line)) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise VattnError(f"{path} was not written by FlightRecorder.save: {error}") from error
 
     def around(self, address: int, page_bytes: int) -> list[Flight]:
         """What happened to the page at an address, oldest first: where to look after a fault."""

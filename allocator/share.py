@@ -78,9 +78,10 @@ class Export:
         if self._fd < 0:
             raise ClosedError("the export is closed")
         body = json.dumps({"page_bytes": self.page_bytes, "runs": self.runs}).encode()
+        message = HEADER.pack(MAGIC, VERSION, len(body)) + body
         try:
-            socket.send_fds(connection, [HEADER.pack(MAGIC, VERSION, len(body))], [self._fd])
-            connection.sendall(body)
+            sent = socket.send_fds(connection, [message], [self._fd])  # one wake-up, if it fits
+            connection.sendall(message[sent:])
         except OSError as error:
             raise ShareError(f"cannot send the pages: {error}") from error
 

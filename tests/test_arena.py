@@ -387,3 +387,34 @@ def test_aliases_cost_no_page_and_the_tail_is_private() -> None:
     calls = sum(arena.backend.calls.values())
     arena.alias(0, 2, 4)  # one run: one call
     assert sum(arena.backend.calls.values()) == calls + 1
+
+
+def test_slots_are_dropped_together_or_not_at_all() -> None:
+    for fail_at in range(100):
+        arena = make(lanes=2)
+        backend = arena.backend
+        assert isinstance(backend, CheckedBackend)
+        for slot, pages in enumerate((3, 5, 0, 8)):
+            grow(arena, slot, pages)
+        before = state_of(arena)
+        backend.fail_at = backend.count + fail_at
+        try:
+            gone = arena.drop_all(ints(0, 2, 3), quiesced=True)
+        except DriverError:
+            backend.fail_at = None
+            assert state_of(arena) == before
+            continue
+        backend.fail_at = None
+        assert (gone, arena.last.max(axis=1).tolist()) == (22, [0, 5, 0, 0])
+        arena.check()
+        arena.pool.drain()
+        assert arena.pool.pending == 0
+        lease = arena.lease(1, 2)
+        with pytest.raises(PageStateError, match="live views"):
+            arena.drop_all(ints(0, 1))
+        assert arena.last[1, 0] == 5
+        del lease
+        break
+    else:
+        pytest.fail("it never succeeded")
+    assert fail_at > 0

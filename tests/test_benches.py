@@ -100,3 +100,13 @@ def test_the_model_evaluation_is_calibrated():
     assert model_card.seer(text)(torch.tensor([list(text[:-1])])).argmax(-1)[0].tolist() == list(
         text[1:]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grow", "ipc", "budget"])
+def test_benches_of_the_allocator_have_green_gates(name, capsys):
+    bench = Bench(quick=True, as_json=True)
+    importlib.import_module(f"bench.{name}").run(bench)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert bench.skipped or lines
+    assert all(line["gate"] == "green" for line in lines), lines

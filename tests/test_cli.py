@@ -301,6 +301,23 @@ def test_doctor_for_people():
     assert "healthy" in done.stdout
 
 
+def test_doctor_prints_a_flight_record(tmp_path):
+    from vattn.allocator.flight import FlightRecorder
+
+    flights = FlightRecorder()
+    flights.note("map", 0x7F0000200000, 5, 2, 0)
+    flights.note("release", 0x7F0000000000, None, 8, 3)
+    flights.save(tmp_path / "flights")
+    assert FlightRecorder.load(tmp_path / "flights") == list(flights)
+    done = runner.invoke(app, ["doctor", "--trace", str(tmp_path / "flights")])
+    assert done.exit_code == 0
+    assert "0x7f0000200000" in done.stdout
+    (tmp_path / "flights").write_text("{}")
+    done = runner.invoke(app, ["doctor", "--trace", str(tmp_path / "flights")])
+    assert done.exit_code == 2
+    assert "FlightRecorder.save" in done.stderr
+
+
 def test_doctor_exits_with_1_where_nothing_can_be_mapped(monkeypatch):
     from vattn.probe import Probe
 

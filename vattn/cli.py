@@ -188,11 +188,23 @@ def plan(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Only print the last map changes, as `backend.flights.save(FILE)` wrote them.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Say what this machine can do, what would be chosen, and why. Exit 1 if nothing can work."""
     with plain_errors():
-        from vattn.doctor import examine, render
+        from vattn.doctor import examine, render, render_flights
 
+        if trace is not None:
+            render_flights(trace, consoles()[0], last=200)
+            return
         diagnosis = examine()
         if as_json:
             print_json(diagnosis.to_dict())

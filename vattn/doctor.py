@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vattn.allocator.flight import FlightRecorder
 from vattn.allocator.host import MAP_LIMIT_SHARE, max_map_count, process_maps
 from vattn.probe import Probe, host_probes, read_setting
 from vattn.report import size
@@ -234,6 +235,25 @@ def _gpu_findings(gpus: tuple[Gpu, ...]) -> list[Finding]:
             "" if bindings else "pip install cuda-bindings",
         )
     )
+    return [*findings, *_pages_given(gpus)] if bindings else findings
+
+
+def _pages_given(gpus: tuple[Gpu, ...]) -> list[Finding]:
+    """The kinds of pages that each device gives, tried by making one."""
+    from vattn.allocator.errors import VattnError
+    from vattn.allocator.probe import survey
+
+    findings = []
+    for ordinal in range(len(gpus)):
+        try:
+            kinds = survey(ordinal)
+        except VattnError as error:
+            findings.append(Finding(f"pages of device {ordinal}", "not tried", "fair", str(error)))
+            continue
+        findings += [
+            Finding(f"pages of {kind}", "given" if why is None else "refused", "plain", why or "")
+            for kind, why in kinds.items()
+        ]
     return findings
 
 
@@ -329,6 +349,24 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
         else "[red]unhealthy[/]: the host backend cannot work here; see the lines marked XX"
     )
     console.print(verdict)
+
+
+def render_flights(path: Path, console: Console, last: int) -> None:
+    """Print the ``last`` changes of mappings that `FlightRecorder.save` wrote, newest last.
+
+    Raises:
+        VattnError: the file holds something else. OSError: it cannot be read.
+    """
+    from datetime import datetime
+
+    for flight in FlightRecorder.load(path)[-last:]:
+        when = datetime.fromtimestamp(flight.time_ns / 1e9).isoformat(timespec="microseconds")
+        page = "" if flight.page is None else f" from page {flight.page}"
+        text = (
+            f"{when}  thread {flight.thread}  {flight.verb:7}  {flight.address:#x}  "
+            f"{flight.pages} pages{page}, after {flight.waits} waits"
+        )
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _missing(probe: Probe) -> str:
