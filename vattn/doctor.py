@@ -190,7 +190,8 @@ def find_gpus() -> list[Gpu]:
     """The CUDA devices that the driver names; none where there is no driver."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        total_memory = cuda.cuDeviceTotalMem_v2
+    except (OSError, AttributeError):  # none, or one that is too old to serve
         return []
     count = ctypes.c_int()
     if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
@@ -202,7 +203,7 @@ def find_gpus() -> list[Gpu]:
         failed = (
             cuda.cuDeviceGet(ctypes.byref(device), ordinal)
             or cuda.cuDeviceGetName(name, len(name), device)
-            or cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+            or total_memory(ctypes.byref(total), device)
             or cuda.cuDeviceGetAttribute(ctypes.byref(vmm), _VMM_SUPPORTED, device)
         )
         if not failed:

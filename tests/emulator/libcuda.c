@@ -293,6 +293,7 @@ CUresult cuDeviceTotalMem(size_t *bytes, CUdevice device) {
     (void)device, *bytes = S.memory;
     return OK;
 }
+CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) { return cuDeviceTotalMem(bytes, device); }
 CUresult cuDeviceCanAccessPeer(int *can, CUdevice device, CUdevice peer) {
     CALL(cuDeviceCanAccessPeer, INIT);
     REQUIRE(device >= 0 && peer >= 0 && device < S.device_count && peer < S.device_count, INVALID_DEVICE);
