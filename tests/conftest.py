@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,11 @@ import pytest
 if TYPE_CHECKING:
     from tests.emulator.control import Emulator
     from vattn.allocator.cuda import CudaBackend
+
+
+# torch's own test samples ask numba for CUDA devices; it must not talk to the driver emulator, which
+# an earlier test may have loaded.
+os.environ["NUMBA_DISABLE_CUDA"] = "1"
 
 
 @pytest.fixture
