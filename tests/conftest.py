@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vattn.allocator.cuda import CudaBackend
 
 
-# torch's own test samples ask numba for CUDA devices; it must not talk to the driver emulator, which
+# torch's own test samples ask numba for CUDA devices: it must not talk to the driver emulator that
 # an earlier test may have loaded.
 os.environ["NUMBA_DISABLE_CUDA"] = "1"
 
