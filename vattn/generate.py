@@ -212,6 +212,7 @@ class Generator:
         torch.manual_seed(request.seed)
         with torch.inference_mode():
             self.model(self.ids[:, :1], use_cache=False)  # warm up: page in the weights
+            _compile_kernel(self.model.dtype)
             output = self.model.generate(
                 self.ids,
                 attention_mask=self.mask,
@@ -293,6 +294,17 @@ class Generator:
         }
         options.update({name: value for name, value in chosen.items() if value is not None})
         return VattnCache(config, **options)
+
+
+def _compile_kernel(dtype: torch.dtype) -> None:
+    """Compile the CPU kernel of a dtype: that takes seconds, once a machine, and is not speed."""
+    import torch
+
+    from vattn.kernels import stream
+
+    if dtype in stream.DTYPES and stream.available() is None:
+        row = torch.zeros(1, 1, 1, 8, dtype=dtype)
+        stream.stream(row, row, row)
 
 
 def footprint(cache: Any) -> int:
