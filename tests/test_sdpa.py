@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_upper_left
 
-from vattn.kernels.packed import pack_mask, pack_rows
 from vattn.sdpa import explain, scaled_dot_product_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -299,19 +298,6 @@ def test_wrong_head_count_is_torchs_error() -> None:
     query, key = torch.randn(1, 3, 1, 8), torch.randn(1, 2, 6, 8)
     with pytest.raises(RuntimeError, match="divide"):
         scaled_dot_product_attention(query, key, key, enable_gqa=True)
-
-
-def test_packing_is_one_frame_for_rows_and_masks() -> None:
-    query = torch.arange(2 * 6 * 3 * 4.0).view(2, 6, 3, 4)
-    packed = pack_rows(query, 3)
-    mask = torch.rand(2, 6, 3, 5) < 0.5
-    rows = pack_mask(mask, 3, 3)
-    assert rows is not None
-    for head in range(6):
-        for position in range(3):
-            row = (head % 3) * 3 + position
-            assert torch.equal(packed[:, head // 3, row], query[:, head, position])
-            assert torch.equal(rows[:, head // 3, row], mask[:, head, position])
 
 
 def test_compiles_as_one_graph() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +48,18 @@ def single_leaves(attend: Attend, case: Case) -> None:
             close(found[name], model, truth, factor=BACKWARD, size=size, what=f"gradient of {name}")
 
 
+def _where_torch_can(case: Case, attempt: Callable[[], None]) -> None:
+    """Make an attempt under MATH, which must succeed, and without: there a call that torch's fused
+    kernel serves may be refused, since that kernel has no such derivative, but not be wrong."""
+    with sdpa_kernel(SDPBackend.MATH):
+        attempt()
+    if not case.call.fused:
+        return attempt()
+    with suppress(RuntimeError, NotImplementedError):
+        attempt()
+    return None
+
+
 def double_backward(attend: Attend, case: Case) -> None:
     """Second derivatives are right under the MATH backend; elsewhere they are right or refused."""
     names = [n for n, t in case.call.tensors().items() if t.dtype != torch.bool]
@@ -60,15 +74,7 @@ def double_backward(attend: Attend, case: Case) -> None:
         except GradcheckError as error:
             raise Differs(f"gradgradcheck: {' '.join(str(error).split())[:200]}") from None
 
-    with sdpa_kernel(SDPBackend.MATH):
-        attempt()
-    if not case.call.fused:
-        return attempt()
-    try:
-        attempt()
-    except (RuntimeError, NotImplementedError):
-        return None
-    return None
+    _where_torch_can(case, attempt)
 
 
 def forward_mode(attend: Attend, case: Case) -> None:
@@ -89,15 +95,7 @@ def forward_mode(attend: Attend, case: Case) -> None:
         expect(apart < 1e-9 * (1 + float(truth.abs().max())), f"jvp is {apart:.3g} off")
 
     truth = product(exact)
-    with sdpa_kernel(SDPBackend.MATH):
-        attempt()
-    if not case.call.fused:
-        return attempt()
-    try:
-        attempt()
-    except (RuntimeError, NotImplementedError):
-        return None
-    return None
+    _where_torch_can(case, attempt)
 
 
 def func_grad(attend: Attend, case: Case) -> None:
