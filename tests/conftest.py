@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 os.environ["NUMBA_DISABLE_CUDA"] = "1"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton interprets its kernels, except where a GPU was asked for. It looks when it is imported,
+    which is after this."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny products gain nothing from threads, and lose much on a busy machine."""
