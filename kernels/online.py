@@ -3,10 +3,11 @@
 Scores are kept in units of log2, so that exp2 is the only exponential (the scale comes with log2(e)
 multiplied in, before the maximum is taken: a negative scale turns it round).
 
-    m  running maximum      l  running sum of exp2(s - m)      acc  running sum of exp2(s - m) v
+    m  running maximum      total  running sum of exp2(s - m)      acc  running sum of exp2(s - m) v
 
 Source: Milakov and Gimelshein, https://arxiv.org/abs/1805.02867; Dao et al., FlashAttention,
-https://arxiv.org/abs/2205.14135. A row without any visible key keeps m = -inf, l = 0, acc = 0:
+https://arxiv.org/abs/2205.14135. A row without any visible key keeps m = -inf, total = 0,
+acc = 0:
 differences are then taken from 0, because -inf - -inf is NaN.
 """
 
@@ -50,19 +51,19 @@ def visible(p, j, window, sink_tokens, CAUSAL: tl.constexpr, WINDOW: tl.constexp
 
 
 @triton.jit
-def fold(s, v, m, l, acc, PRECISION: tl.constexpr):
-    """Take scores s [M, N] and values v [N, Dv] into m [M], l [M], acc [M, Dv]."""
+def fold(s, v, m, total, acc, PRECISION: tl.constexpr):
+    """Take scores s [M, N] and values v [N, Dv] into m [M], total [M], acc [M, Dv]."""
     m_new = tl.maximum(m, tl.max(s, 1))
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - shift)
     p = tl.exp2(s - shift[:, None])
-    l = l * alpha + tl.sum(p, 1)
+    total = total * alpha + tl.sum(p, 1)
     acc = dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
-    return m_new, l, acc
+    return m_new, total, acc
 
 
 @triton.jit
-def settled(m, l, acc):
+def settled(m, total, acc):
     """The result [M, Dv] and natural log-sum-exp [M] of what was folded in."""
-    out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    return out, m * LN2 + tl.log(l)
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    return out, m * LN2 + tl.log(total)
