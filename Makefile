@@ -2,6 +2,7 @@
 # make test   set up, lint, check types, run the tests
 # make bench  every benchmark in its quick form; one: .venv/bin/python -m bench NAME
 # make gpu    tests and benchmarks that need a CUDA device
+# make aot    compile every Triton kernel for three GPU generations, and compare with the table
 # make fuzz   the nightly state machine
 # make model  train the shipped model again
 
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 PINS := .ci/constraints.txt
 
-.PHONY: demo test bench gpu fuzz model types
+.PHONY: demo test bench gpu aot fuzz model types
 .DELETE_ON_ERROR:
 
 demo: .venv/run.stamp
@@ -29,6 +30,9 @@ gpu: .venv/dev.stamp
 	$(BIN)/python -m pytest -m gpu
 	mkdir -p bench/results
 	$(BIN)/python -m bench gpu_vmm --json > bench/results/gpu_vmm.jsonl
+
+aot: .venv/dev.stamp
+	$(BIN)/python -m bench aot
 
 fuzz: .venv/dev.stamp
 	$(BIN)/python -m pytest tests -m fuzz

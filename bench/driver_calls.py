@@ -9,9 +9,11 @@ conversation sample. Calls are counted by the emulator, in the second half of th
     unused     mapped pages without a live row / mapped pages
 
 `keep` retains everything, `bounded` as many bytes as the target of `unused` leaves, `lean` nothing:
-the fewer calls, the more pages wait. `least` is what no fixed set of pages can go below: that many
-pages must be mapped at the fullest moment, and fewer are live at most others. No policy without
-calls has fewer unused pages than that, however it packs them.
+the fewer calls, the more pages wait. `least` is what no policy without calls can go below, even one
+that knows at admission how long each answer will be and packs perfectly: nothing is mapped later,
+so the pages of a sequence's last token are there from its first, and at the fullest moment those of
+all sequences at once. `fixed` is the same without the first half of the argument: the pages that
+are live at the fullest moment.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from bench.emulated import counts, open_backend, open_emulator
 from bench.harness import Bench
@@ -49,9 +52,10 @@ class Steady:
     emulator: Any
     open: dict[int, Sequence] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)  # slot -> step
+    last: dict[int, int] = field(default_factory=dict)  # slot -> tokens at its end
     prompts: list[bool] = field(default_factory=list)  # of each admission: adopted?
     calls: list[int] = field(default_factory=list)  # of each step
-    pages: list[tuple[int, int]] = field(default_factory=list)  # mapped, live
+    pages: list[tuple[int, int, int]] = field(default_factory=list)  # mapped, live, at the end
 
     def run(self, steps: int) -> Steady:
         """All steps; the first half is warm-up."""
@@ -64,8 +68,8 @@ class Steady:
             self.cache.commit(batch, 1)
             self.cache.advance()
             self.calls.append(self._calls() - before)
-            live = needed_bytes(self.cache.layout, self.cache.tokens[batch.slots])
-            self.pages.append((self.cache.pool.mapped, live // self.cache.layout.page))
+            live = self._pages(self.cache.tokens[batch.slots])
+            self.pages.append((self.cache.pool.mapped, live, self._pages(self._last())))
             if step == steps // 2:
                 self.prompts.clear()
         self.calls, self.pages = self.calls[steps // 2 :], self.pages[steps // 2 :]
@@ -74,14 +78,21 @@ class Steady:
     @property
     def unused(self) -> float:
         """Mapped pages without a live row, of all mapped pages."""
-        mapped, live = np.array(self.pages).sum(axis=0)
+        mapped, live, _ = np.array(self.pages).sum(axis=0)
         return 1 - live / mapped
 
     @property
-    def least(self) -> float:
+    def fixed(self) -> float:
         """`unused` of the smallest set of pages that holds every step."""
         live = np.array(self.pages)[:, 1]
         return float(1 - live.mean() / live.max())
+
+    @property
+    def least(self) -> float:
+        """`unused` of the smallest set that holds every sequence from its first to its last token,
+        where it lies: without calls nothing can be mapped in between."""
+        _, live, last = np.array(self.pages).T
+        return float(1 - live.mean() / last.max())
 
     def check(self) -> bool:
         """The device has mapped what the cache says, and every sequence has its tokens."""
@@ -92,6 +103,12 @@ class Steady:
         tokens = self.cache.tokens[list(self.open)]
         assert bool((tokens <= self.cache.room[list(self.open)]).all()), "rows that are not mapped"
         return True
+
+    def _last(self) -> NDArray[np.int64]:
+        return np.array([self.last[slot] for slot in self.open], np.int64)
+
+    def _pages(self, tokens: NDArray[np.int64]) -> int:
+        return needed_bytes(self.cache.layout, tokens) // self.cache.layout.page
 
     def _calls(self) -> int:
         made = counts(self.emulator)
@@ -115,6 +132,7 @@ class Steady:
             self.cache.commit([sequence], prompt)
             self.open[sequence.slot] = sequence
             self.ends[sequence.slot] = step + outputs - done
+            self.last[sequence.slot] = request.input_tokens + outputs
 
 
 def run(
@@ -164,4 +182,5 @@ def figures(bench: Bench, name: str, steady: Steady) -> None:
     )
     show(f"driver_calls/{name}/unused", 100 * steady.unused, "%", target="<= 5")
     if name == "keep":
+        show(f"driver_calls/{name}/fixed", 100 * steady.fixed, "%")
         show(f"driver_calls/{name}/least", 100 * steady.least, "%")

@@ -20,8 +20,7 @@ os.environ["NUMBA_DISABLE_CUDA"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Triton interprets its kernels, unless a GPU was asked for. It looks when it is imported, which
-    is after this."""
+    """Triton interprets its kernels unless a GPU was asked for. It looks when it is imported."""
     if "not gpu" in config.option.markexpr:
         os.environ["TRITON_INTERPRET"] = "1"
 
