@@ -27,7 +27,7 @@ import socket
 import struct
 import weakref
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from . import libc
 from .arena import Arena
@@ -41,28 +41,58 @@ MAX_JSON_BYTES = 64 << 20
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class Export:
+class Kept:
+    """Pages of an arena that stay referenced until `close`: their owner's next write copies first.
+    Made within the arena's turn."""
+
+    def __init__(self, arena: Arena, pages: Ints, ids: Ints) -> None:
+        self.page_bytes, self.closed = arena.page_bytes, True
+        self._pool, self.ids = arena.pool, ids
+        self._pool.share(ids)
+        for slot in set((pages // arena.slot_pages).tolist()):
+            index = int((pages[pages // arena.slot_pages == slot] % arena.lane_pages).max())
+            arena.shared_to[slot] = max(int(arena.shared_to[slot]), index + 1)
+        self.closed = False
+
+    def close(self) -> None:
+        """Let go of the pages; importers keep what they mapped. Idempotent."""
+        if not self.closed:
+            self.closed = True
+            with self._pool.turn:
+                self._pool.give(self.ids)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "closed", True):
+            self.closed, pool, ids = True, self._pool, self.ids
+            pool.turn.soon(lambda: pool.give(ids))
+
+
+class Export(Kept):
     """Pages that are kept for other processes; made by `export_pages`. Close it."""
 
     def __init__(self, arena: Arena, pages: Ints, *, sealed: bool) -> None:
-        self.page_bytes, self.sealed = arena.page_bytes, sealed
-        self._pool, self._fd = arena.pool, -1
+        self.sealed, self._fd = sealed, -1
         with arena.turn:
-            ids = arena.ids(pages)
-            if not len(ids) or int(ids.min()) < 0:
-                raise ShareError("only mapped pages can be exported, and at least one")
+            ids = mapped_ids(arena, pages)
             self.runs = list(runs(ids))
             if sealed:
-                self._ids = ids[:0]
                 self._fd = _sealed_copy(arena, self.runs)
                 self.runs = [(0, len(ids))]
-                return
-            self._fd = arena.backend.descriptor()
-            self._ids = ids
-            self._pool.share(ids)
-            for slot in set((pages // arena.slot_pages).tolist()):
-                index = int((pages[pages // arena.slot_pages == slot] % arena.lane_pages).max())
-                arena.shared_to[slot] = max(int(arena.shared_to[slot]), index + 1)
+                pages, ids = pages[:0], ids[:0]
+            else:
+                self._fd = arena.backend.descriptor()
+            super().__init__(arena, pages, ids)
 
     @property
     def nbytes(self) -> int:
@@ -86,29 +116,16 @@ class Export:
             raise ShareError(f"cannot send the pages: {error}") from error
 
     def close(self) -> None:
-        """Let go of the pages; importers keep what they mapped. Idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-            with self._pool.turn:
-                self._pool.give(self._ids)
-
-    def __enter__(self) -> Export:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
+        super().close()
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             os.close(self._fd)
-            self._fd, pool, ids = -1, self._pool, self._ids
-            pool.turn.soon(lambda: pool.give(ids))
+            self._fd = -1
+        super().__del__()
 
 
 def export_pages(arena: Arena, pages: Ints, *, sealed: bool = False) -> Export:
@@ -188,7 +205,7 @@ def receive(connection: socket.socket, *, page_bytes: int | None = None) -> Impo
     fd = -1
     try:
         fd, length = _receive_header(connection)
-        sent = json.loads(_receive_exactly(connection, length))
+        sent = json.loads(receive_exactly(connection, length))
         size, where = _checked(sent, os.fstat(fd).st_size)
         if page_bytes is not None and size != page_bytes:
             raise ShareError(f"pages of {size} bytes were sent, pages of {page_bytes} are wanted")
@@ -201,6 +218,14 @@ def receive(connection: socket.socket, *, page_bytes: int | None = None) -> Impo
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+def mapped_ids(arena: Arena, pages: Ints) -> Ints:
+    """The pool's ids of an arena's pages. Raises ShareError unless all are mapped."""
+    ids: Ints = arena.ids(pages)
+    if not len(ids) or int(ids.min()) < 0:
+        raise ShareError("only mapped pages can be exported, and at least one")
+    return ids
 
 
 def _sealed_copy(arena: Arena, where: list[tuple[int, int]]) -> int:
@@ -231,7 +256,7 @@ def _receive_header(connection: socket.socket) -> tuple[int, int]:
     try:
         if not fds:
             raise ShareError("no file descriptor was sent" if data else "nothing was sent")
-        data += _receive_exactly(connection, HEADER.size - len(data))
+        data += receive_exactly(connection, HEADER.size - len(data))
         magic, version, length = HEADER.unpack(data)
         if (magic, version) != (MAGIC, VERSION):
             raise ShareError(
@@ -246,7 +271,8 @@ def _receive_header(connection: socket.socket) -> tuple[int, int]:
     return fds[0], length
 
 
-def _receive_exactly(connection: socket.socket, length: int) -> bytes:
+def receive_exactly(connection: socket.socket, length: int) -> bytes:
+    """So many bytes. Raises ShareError if the connection ends before."""
     data = array.array("B")
     while len(data) < length:
         part = connection.recv(min(length - len(data), 1 << 20))

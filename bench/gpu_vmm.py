@@ -23,6 +23,7 @@ import torch
 import typer
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench.gpu import missing, timed_on_device
 from bench.harness import Bench
 from bench.timing import Sample
 from vattn import KVCache, Layout
@@ -42,9 +43,8 @@ def run(
     bench: Bench,
     gib: Annotated[int, typer.Option(help="Most GiB to read at once; 0 is by the device.")] = 0,
 ) -> None:
-    if not torch.cuda.is_available():
-        bench.skip("torch sees no CUDA device")
-        return
+    if (why := missing()) is not None:
+        return bench.skip(why)
     torch.cuda.init()
     bench.note(torch.cuda.get_device_name())
     for mib in SIZES_MIB:
@@ -54,7 +54,7 @@ def run(
     copy(bench)
     free = torch.cuda.mem_get_info()[0]
     read(bench, min(gib or bench.pick(100, 8), int(0.8 * free) // GIB) * GIB)
-    decode(bench)
+    return decode(bench)
 
 
 # ---- calls of the driver -------------------------------------------------------------------------
@@ -125,21 +125,6 @@ def access(bench: Bench, rounds: int) -> None:
 
 
 # ---- kernels -------------------------------------------------------------------------------------
-def timed_on_device(repeat: int, *acts: Callable[[], object]) -> list[Sample]:
-    """Device time of each function, in interleaved rounds."""
-    spent: list[list[tuple[Any, Any]]] = [[] for _ in acts]
-    for turn in range(3 + repeat):
-        for act, pairs in zip(acts, spent, strict=True):
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            pair[0].record()
-            act()
-            pair[1].record()
-            if turn >= 3:
-                pairs.append(pair)
-    torch.cuda.synchronize()
-    return [Sample(tuple(a.elapsed_time(b) / 1e3 for a, b in pairs)) for pairs in spent]
-
-
 @contextmanager
 def device_memory(mib: int, nbytes: int, *, mapped: int | None = None) -> Any:
     """An arena of one slot with pages of ``mib`` MiB, and bytes over all of it as a tensor."""

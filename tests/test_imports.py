@@ -23,7 +23,8 @@ ROWS = [
     {"scheduler"},
     {"hf", "hf_attention", "hf_layers", "hf_static", "hf_store", "speculate", "parallel"},
     {"dropin", "registry"},
-    {"sdpa", "sdpa_op", "sdpa_checks", "paths", "policies", "ragged"},
+    {"sdpa", "sdpa_op", "sdpa_checks", "sdpa_gpu", "sdpa_gpu_op", "paths", "paths_gpu", "policies"}
+    | {"ragged", "ragged_gpu"},
     {"prefix", "cache", "tiers"},
     {"batch", "lengths", "rows", "sequence", "slots", "usage"},
     {"device", "tensor", "layout", "shape"},

@@ -311,6 +311,18 @@ class KVCache:
         """What kernels see of these sequences at their present lengths; zero-copy."""
         return View(self, self.batch(sequences).sequences)
 
+    def reserved(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of a layer with all rows of every slot, mapped or not: [slots, kv_heads,
+        max_tokens, head_dim] each. Touching a row that is not mapped is a fault: for kernels that
+        take lengths and slots (`vattn.kernels.kv`), within one call; nothing is kept mapped.
+
+        Raises:
+            ClosedError: the cache is closed. LayoutError: there is no such layer.
+        """
+        self._check_open()
+        physical = self.layout.physical(layer)
+        return self._rows.reserved(physical, 0), self._rows.reserved(physical, 1)
+
     def static_view(self, sequences: Seq[Sequence]) -> View:
         """All ``max_tokens`` rows of consecutive sequences, unmapped ones reading as zeros.
 

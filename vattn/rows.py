@@ -19,7 +19,7 @@ class Rows:
         self.layout = layout
         self.dtype = DTYPES[layout.dtype]
         self._window = Window(arena, self.dtype, device)
-        self.device = self._window.device
+        self.device, self._slots = self._window.device, arena.slots
         # Looked up at every append of every layer.
         self._offsets = [
             (layout.offset(p, 0), layout.offset(p, 1)) for p in range(layout.physical_layers)
@@ -34,6 +34,11 @@ class Rows:
         shape = (last - first, self.layout.kv_heads, end - start, self.layout.head_dim)
         offset = self._offset(first, physical, side, start)
         return self._window.view((first, last), offset, shape, self._strides)
+
+    def reserved(self, physical: int, side: int) -> Tensor:
+        """All rows of every slot, mapped or not: [slots, kv_heads, max_tokens, head_dim], for use
+        within one call by kernels that know which rows are mapped. Keeps nothing mapped."""
+        return self._access(0, self._slots, physical, side, 0, self.layout.max_tokens)
 
     def write(self, physical: int, batch: Batch, lengths: Ints, k: Tensor, v: Tensor) -> None:
         """Copy ``k``, ``v`` [batch, kv_heads, n, head_dim], detached, behind ``lengths`` rows of

@@ -24,13 +24,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .allocator.arena import Arena
+from .allocator.errors import ClosedError
 from .layout import ITEM_BYTES
+
+if TYPE_CHECKING:
+    from .allocator.share_device import Import
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 # A buffer object, the place, a dtype, a count of elements and a byte offset: one flat tensor, whose
@@ -72,6 +76,20 @@ class Window:
         buffer.lease = self.arena.lease(*slots)  # type: ignore[attr-defined]
         flat = self._make(buffer, self._place, self.dtype, count, offset)
         return flat.as_strided(shape, strides)
+
+
+def imported(pages: Import, dtype: torch.dtype) -> Tensor:
+    """Another process's pages as one flat tensor on their device, which keeps them mapped. Writing
+    to it is a fault: they are mapped to be read.
+
+    Raises ClosedError if the import is closed.
+    """
+    if pages.closed:
+        raise ClosedError("the import is closed")
+    buffer = (ctypes.c_char * pages.nbytes).from_address(pages.address)
+    buffer.lease = pages  # type: ignore[attr-defined]
+    device = torch.device(pages.backend.devices[0])
+    return MAKERS[device.type](buffer, device, dtype, pages.nbytes // dtype.itemsize, 0)
 
 
 # ---- from a buffer to a flat tensor --------------------------------------------------------------
