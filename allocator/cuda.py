@@ -225,21 +225,21 @@ class CudaBackend:
         self.handles.adopt(page, fd)
 
     # ---- mapping -----------------------------------------------------------------------------
-    @current
     def map(self, address: int, page: int, count: int) -> None:
+        self.context.check()
         self.calls["map"] += 1
-        handles = self.handles.run(page, count)
-        if self.mappings.zero_backed(address):
+        mapped, handles = self.mappings, self.handles.run(page, count)
+        if mapped.zero_ranges and mapped.zero_backed(address):
             self._exchange(address, handles)
         else:
-            self.mappings.put(address, handles)
+            self.driver.map_run(address, self.page_bytes, handles, mapped.access)
         if self.handles.fresh:
             self._scrub(address, page, handles)
-        self.mappings.keep(address, handles)
+        mapped.keep(address, handles)
         self.flights.note("map", address, page, count, self.fences.waits)
 
-    @current
     def remap(self, address: int, page: int, count: int) -> None:
+        self.context.check()
         self.calls["remap"] += 1
         handles = self.handles.run(page, count)
         self._exchange(address, handles)
@@ -248,16 +248,17 @@ class CudaBackend:
         self.mappings.keep(address, handles)
         self.flights.note("remap", address, page, count, self.fences.waits)
 
-    @current
     def unmap(self, address: int, page: int, count: int) -> None:
+        self.context.check()
         self.calls["unmap"] += 1
-        zero = self.mappings.zero_page
-        if zero is not None and self.mappings.zero_backed(address):
+        mapped = self.mappings
+        zero = mapped.zero_page
+        if zero is not None and mapped.zero_backed(address):
             self._exchange(address, [zero] * count)
         else:
             self.fences.wait()
             self.driver.unmap(address, count * self.page_bytes)
-        self.mappings.forget(address, count)
+        mapped.forget(address, count)
         self.flights.note("unmap", address, page, count, self.fences.waits)
 
     @current
@@ -333,11 +334,13 @@ class CudaBackend:
             raise
         fresh.difference_update(ids)
 
+    @current
     def _zero(self, address: int, nbytes: int) -> None:
         """On a stream of our own, which waits for nobody; done when it returns."""
+        self.driver.fill(address, 0, nbytes, self._stream)
         try:
-            self.driver.fill(address, 0, nbytes, self._stream)
-        finally:
+            self.driver.synchronize_stream(self._stream)
+        except DriverError:  # it must not run after whatever the caller undoes: once more
             self.driver.synchronize_stream(self._stream)
 
     def _back_by_zeros(self, address: int, pages: int) -> None:

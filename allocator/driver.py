@@ -7,6 +7,7 @@ but `synchronize` and `synchronize_stream`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -14,7 +15,7 @@ from .errors import DriverError, NoDeviceError, OutOfDeviceMemory
 
 Export = Literal["fd", "fabric"]
 
-INVALID_VALUE, OUT_OF_MEMORY, NOT_READY = 1, 2, 600  # CUresult
+INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, NOT_READY = 1, 2, 201, 600  # CUresult
 READ, READ_WRITE = 1, 3  # CUmemAccess_flags
 REMEDIES: Final = {
     INVALID_VALUE: "Addresses and sizes must be whole pages of one reservation.",
@@ -23,7 +24,7 @@ REMEDIES: Final = {
     3: "The driver does not work in a fork of the process that began to use it: start processes "
     "by spawn, and make the cache in the process that uses it.",
     4: "The driver has shut down: close caches before the interpreter ends.",
-    201: "The context is gone: something reset the device while a cache was open.",
+    INVALID_CONTEXT: "The context is gone: something reset the device while a cache was open.",
     800: "The system forbids it: for fabric handles an IMEX channel must be readable "
     "(/dev/nvidia-caps-imex-channels).",
     801: "This device or driver cannot do it: see `vattn doctor`.",
@@ -69,6 +70,7 @@ class Driver:
                 "host backend"
             ) from error
         self.cuda: Any = cuda
+        self.home = 0  # the context for threads that have none
         try:
             (code,) = cuda.cuInit(0)
         except RuntimeError as error:  # what cuda.bindings raises where libcuda.so.1 is missing
@@ -197,6 +199,25 @@ class Driver:
         return int(free)
 
     # ---- mapping -----------------------------------------------------------------------------
+    def map_run(self, address: int, nbytes: int, handles: Sequence[int], access: list[Any]) -> None:
+        """Map handles of ``nbytes`` bytes side by side, and give access to all of them: `map` and
+        `set_access` without a call of ours for each of the driver's. All or nothing."""
+        call, at = self.cuda.cuMemMap, address
+        try:
+            for handle in handles:
+                (code,) = call(at, nbytes, 0, handle, 0)
+                if code:
+                    self._again("cuMemMap", code, at, nbytes, 0, handle, 0)
+                at += nbytes
+            (code,) = self.cuda.cuMemSetAccess(address, at - address, access, len(access))
+            if code:
+                count = len(access)
+                self._again("cuMemSetAccess", code, address, at - address, access, count)
+        except BaseException:
+            if at > address:
+                self.unmap(address, at - address)
+            raise
+
     def map(self, address: int, nbytes: int, handle: int) -> None:
         (code,) = self.cuda.cuMemMap(address, nbytes, 0, handle, 0)
         if code:
@@ -205,7 +226,7 @@ class Driver:
     def unmap(self, address: int, nbytes: int) -> None:
         (code,) = self.cuda.cuMemUnmap(address, nbytes)
         if code:
-            raise self.error("cuMemUnmap", code, address, nbytes)
+            self._again("cuMemUnmap", code, address, nbytes)
 
     def access(self, location: Any, flags: int) -> Any:
         """The CUmemAccessDesc that lets a location read, or read and write."""
@@ -216,7 +237,7 @@ class Driver:
     def set_access(self, address: int, nbytes: int, access: list[Any]) -> None:
         (code,) = self.cuda.cuMemSetAccess(address, nbytes, access, len(access))
         if code:
-            raise self.error("cuMemSetAccess", code, address, nbytes)
+            self._again("cuMemSetAccess", code, address, nbytes, access, len(access))
 
     # ---- work --------------------------------------------------------------------------------
     def create_stream(self) -> int:
@@ -269,6 +290,15 @@ class Driver:
         remedy = DEAD if number in FATAL else REMEDIES.get(number, "")
         kind = OutOfDeviceMemory if number == OUT_OF_MEMORY else DriverError
         return kind(call, number, address, nbytes, remedy, meaning=self.meaning(code))
+
+    def _again(self, name: str, code: Any, address: int, nbytes: int, *arguments: Any) -> None:
+        """A call that needs no context was refused. Where it wanted one all the same, and this
+        thread has none, ours becomes the thread's for good, and the call is made again."""
+        if int(code) == INVALID_CONTEXT and self.home and not self.current():
+            self.enter(self.home)
+            (code,) = getattr(self.cuda, name)(address, nbytes, *arguments)
+        if code:
+            raise self.error(name, code, address, nbytes)
 
     def _call(self, name: str, *arguments: Any) -> None:
         (code,) = getattr(self.cuda, name)(*arguments)

@@ -29,12 +29,19 @@ class Fences:
         self._idle: list[int] = []  # those of them that nobody asks about
 
     def wait(self) -> None:
-        """Until the work submitted before is done. The context is current."""
-        if self.streams is None:
-            self.driver.synchronize()
-        else:
-            for stream in self.streams():
-                self.driver.synchronize_stream(stream)
+        """Until the work submitted before is done. Our context has to be current, also for streams:
+        the default one is that of the current context."""
+        context = self.context
+        entered = self.driver.current() != context.number and context.enter()
+        try:
+            if self.streams is None:
+                self.driver.synchronize()
+            else:
+                for stream in self.streams():
+                    self.driver.synchronize_stream(stream)
+        finally:
+            if entered:
+                context.leave()
         self.waits += 1
 
     def fence(self) -> Callable[[], bool] | None:

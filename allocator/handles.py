@@ -49,9 +49,9 @@ class Handles:
 
     def run(self, page: int, count: int) -> list[int]:
         """The handles of pages ``page .. page+count``."""
-        if count == 1:  # a decode step
-            return [self[page]]
         try:
+            if count == 1:  # a decode step
+                return [self._handles[page]]
             return list(map(self._handles.__getitem__, range(page, page + count)))
         except KeyError as error:
             return [self[error.args[0]]]  # which says what is missing

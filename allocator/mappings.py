@@ -86,26 +86,16 @@ class Mappings:
 
     def forget(self, address: int, count: int) -> None:
         """No pages are mapped here any more."""
-        at, size, end = self.at, self.page_bytes, address + count * self.page_bytes
-        while address < end:
-            at.pop(address, None)
-            address += size
+        for at in self.addresses(address, count):
+            self.at.pop(at, None)
 
     # ---- changing ----------------------------------------------------------------------------
     def put(self, address: int, handles: list[int], *, write: bool = False) -> None:
         """Map handles side by side over nothing, with access; the zero page, too, to be read only
         unless ``write``."""
-        driver, size, at = self.driver, self.page_bytes, address
-        try:
-            for handle in handles:
-                driver.map(at, size, handle)
-                at += size
-            read = handles[0] == self.zero_page and not write
-            driver.set_access(address, at - address, self.read_access if read else self.access)
-        except BaseException:
-            if at > address:
-                driver.unmap(address, at - address)
-            raise
+        read = handles[0] == self.zero_page and not write
+        access = self.read_access if read else self.access
+        self.driver.map_run(address, self.page_bytes, handles, access)
 
     def fill(self, runs: list[Run]) -> None:
         """`put` every run."""

@@ -112,15 +112,15 @@ class Pool:
 
     # ---- take and give ---------------------------------------------------------------------
     def reclaim(self, n: int) -> bool:
-        """Ask the reclaimers for pages if fewer than ``n`` are free. True if any was asked: what
-        was looked up before may have been unmapped."""
+        """Ask the reclaimers for pages if fewer than ``n`` are free: for those beyond the budget,
+        too. True if any was asked: what was looked up before may have been unmapped."""
         asked = False
         if n > self.free and self.lent and self.recall is not None:
             self.recall()
         for reclaimer in self.reclaimers:
             if n > self.free:
                 asked = True
-                reclaimer(n - self.free)
+                reclaimer(n - self.free + self.over)
         return asked
 
     def tenant(self, name: Hashable) -> int:

@@ -20,6 +20,11 @@ two arenas over one pool, makes any backend call fail, and after each operation 
     budget           created pages never exceed the budget, unless it was lowered under them
     ends             closed, everything is given back to the last byte
 
+`storm` (without hypothesis) is for volume: the same laws under two threads that compete for pages,
+millions of operations in minutes.
+
+    storm(MyBackend, operations=20_000, seed=1)
+
 The memory must be readable by the processor: test a device's backend over an emulator, or with
 pages of host memory. Needs neither pytest nor hypothesis to be imported; `state_machine` needs
 hypothesis.
@@ -35,7 +40,20 @@ import numpy as np
 
 from .errors import ClosedError, VattnError
 from .testing_mirror import words_at
+from .testing_storm import Device, Storm, StormError, storm
 from .vmm import Backend
+
+__all__ = [
+    "LAWS",
+    "Device",
+    "Law",
+    "Storm",
+    "StormError",
+    "check_law",
+    "reserved",
+    "state_machine",
+    "storm",
+]
 
 Law = Callable[[Backend], None]
 

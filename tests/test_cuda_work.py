@@ -153,6 +153,74 @@ def test_any_thread_may_call_and_keeps_its_own_context() -> None:
     assert emulator.live == NOTHING
 
 
+@pytest.mark.parametrize("needed", [True, False])
+def test_mapping_asks_for_no_context_and_makes_ours_current_where_a_driver_insists(
+    emulator: Emulator, backend: CudaBackend, needed: bool
+) -> None:
+    """cuda.h names no context for mapping; the emulator insists on one unless told not to."""
+    base = backend.reserve(8, home=0)
+    emulator.set(context_free=not needed)
+    seen: list[int] = []
+
+    def act() -> None:
+        backend.handles.fresh.clear()  # nothing to zero, which needs a context
+        asked = emulator.calls("cuCtxGetCurrent"), emulator.calls("cuMemMap")
+        backend.map(base, 0, 3)
+        backend.map(base + 3 * PAGE, 3, 3)
+        seen.append(emulator.calls("cuCtxGetCurrent") - asked[0])
+        seen.append(emulator.calls("cuMemMap") - asked[1])
+        seen.append(backend.driver.current())
+        backend.unmap(base, 0, 3)  # waits, and that needs it
+        seen.append(backend.driver.current())
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join()
+    ours = backend.context.number
+    # Insisting costs the first call of a thread twice, and two questions.
+    assert seen == ([2, 7, ours, ours] if needed else [0, 6, 0, ours])
+    backend.release(base, 8)
+
+
+def test_a_change_waits_for_our_work_whatever_is_current(emulator: Emulator) -> None:
+    """Another library may make its context current at any time, without telling us."""
+    emulator.reset(granularity=PAGE, devices=2)
+    backend = CudaBackend(PAGE)
+    cuda = backend.driver.cuda
+    backend.create(0, 2)
+    base = backend.reserve(4, home=0)
+    backend.map(base, 0, 2)
+    emulator.set(delay=1)
+    emulator.kernel(base, PAGE)  # of our context
+    _, other = cuda.cuDevicePrimaryCtxRetain(1)
+    cuda.cuCtxPushCurrent(other)
+    backend.unmap(base, 0, 1)
+    backend.map(base, 0, 1)
+    backend.remap(base + PAGE, 0, 1)
+    assert backend.driver.current() == int(other)
+    assert emulator.faults == 0, emulator.fault
+    cuda.cuCtxPopCurrent()
+    backend.close()
+    cuda.cuDevicePrimaryCtxRelease(1)
+    assert emulator.live == NOTHING
+
+
+def test_a_wait_that_fails_leaves_no_zeroing_behind(emulator: Emulator) -> None:
+    """A fresh page is zeroed when it is mapped; when the wait for that fails, the zeroing must not
+    run later, over whatever is there by then. Found by the storm."""
+    backend = CudaBackend(PAGE, streams=lambda: (0,))  # our own stream is none of them
+    backend.create(0, 2)
+    base = backend.reserve(4, home=0)
+    emulator.set(delay=1)
+    emulator.fail(1, UNKNOWN, "cuStreamSynchronize")
+    backend.map(base, 0, 1)  # the wait is tried again
+    assert not emulator.failing
+    backend.unmap(base, 0, 1)
+    emulator.set(delay=0)
+    assert emulator.faults == 0, emulator.fault
+    backend.close()
+
+
 def test_threads_warm_pages_while_another_grows(emulator: Emulator) -> None:
     from vattn.allocator.warm import Warmer
 

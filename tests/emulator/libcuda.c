@@ -70,7 +70,7 @@ enum { KERNEL, FILL, COPY, RECORD, WAIT };
 
 /* Everything that a test may leave behind; emu_reset makes it zero again. */
 static struct {
-    int initialised, device_count, retained[DEVICES], delay, poison, whole_unmap;
+    int initialised, device_count, retained[DEVICES], delay, poison, whole_unmap, context_free;
     int attribute[ATTRIBUTES], refused_types, refuse_rdma, faults;
     u64 granularity, recommended, memory, used, address_space, reserved;
     long counts[CALL_COUNT], total, fail_total, fail_nth;
@@ -106,7 +106,7 @@ static void push(int **list, int *count, int *room, int value) {
 }
 
 /* ---- every call begins here ---------------------------------------------------------------- */
-enum { ANYTIME, INIT, CONTEXT };
+enum { ANYTIME, INIT, MEMORY, CONTEXT }; /* MEMORY: cuda.h names no context, so a context is optional */
 static void leave(int *held) { if (*held) pthread_mutex_unlock(&mutex); }
 static int begin(int call, int need) {
     if (forked) return NOT_INITIALIZED; /* as the real driver in a child */
@@ -114,7 +114,7 @@ static int begin(int call, int need) {
     if (S.fail_total && S.fail_call < 0 && call != ID_cuCtxGetCurrent && !--S.fail_total) return S.fail_code;
     if (S.fail_nth && S.fail_call == call && !--S.fail_nth) return S.fail_code;
     if (need >= INIT && !S.initialised) return NOT_INITIALIZED;
-    if (need >= CONTEXT && (!depth || !stack[depth - 1] || !S.retained[stack[depth - 1] - 1]))
+    if (need >= (S.context_free ? CONTEXT : MEMORY) && (!depth || !stack[depth - 1] || !S.retained[stack[depth - 1] - 1]))
         return INVALID_CONTEXT;
     return OK;
 }
@@ -354,7 +354,7 @@ CUresult cuCtxSynchronize(void) {
 
 /* ---- address space -------------------------------------------------------------------------- */
 CUresult cuMemAddressReserve(u64 *address, size_t size, size_t alignment, u64 hint, u64 flags) {
-    CALL(cuMemAddressReserve, CONTEXT);
+    CALL(cuMemAddressReserve, MEMORY);
     REQUIRE(size && size % 4096 == 0 && hint % 4096 == 0 && !flags, INVALID_VALUE);
     REQUIRE(!(alignment & (alignment - 1)), INVALID_VALUE);
     REQUIRE(S.reserved + size <= S.address_space && S.reserved + size >= size, OUT_OF_MEMORY);
@@ -384,7 +384,7 @@ static void drop_range(Range *range) {
     *range = (Range){ 0 };
 }
 CUresult cuMemAddressFree(u64 address, size_t size) {
-    CALL(cuMemAddressFree, CONTEXT);
+    CALL(cuMemAddressFree, MEMORY);
     Range *range = range_of(address, size);
     REQUIRE(size && range && range->base == address && range->size == size, INVALID_VALUE);
     REQUIRE(!range->mapped, INVALID_VALUE);
@@ -408,7 +408,7 @@ static CUresult check_prop(const Prop *prop) {
     return OK;
 }
 CUresult cuMemGetAllocationGranularity(size_t *out, const Prop *prop, int option) {
-    CALL(cuMemGetAllocationGranularity, CONTEXT);
+    CALL(cuMemGetAllocationGranularity, MEMORY);
     CUresult wrong = check_prop(prop);
     REQUIRE(!wrong, wrong);
     REQUIRE(option == 0 || option == 1, INVALID_VALUE);
@@ -421,7 +421,7 @@ static void poison(int fd, u64 offset, u64 size) {
     munmap(at, size);
 }
 CUresult cuMemCreate(u64 *handle, size_t size, const Prop *prop, u64 flags) {
-    CALL(cuMemCreate, CONTEXT);
+    CALL(cuMemCreate, MEMORY);
     CUresult wrong = check_prop(prop);
     REQUIRE(!wrong, wrong);
     REQUIRE(size && size % S.granularity == 0 && !flags, INVALID_VALUE);
@@ -440,7 +440,7 @@ CUresult cuMemCreate(u64 *handle, size_t size, const Prop *prop, u64 flags) {
     return OK;
 }
 CUresult cuMemRelease(u64 handle) {
-    CALL(cuMemRelease, CONTEXT);
+    CALL(cuMemRelease, MEMORY);
     Alloc *a = alloc_of(handle);
     REQUIRE(a, INVALID_VALUE);
     a->refs--;
@@ -448,14 +448,14 @@ CUresult cuMemRelease(u64 handle) {
     return OK;
 }
 CUresult cuMemGetAllocationPropertiesFromHandle(Prop *prop, u64 handle) {
-    CALL(cuMemGetAllocationPropertiesFromHandle, CONTEXT);
+    CALL(cuMemGetAllocationPropertiesFromHandle, MEMORY);
     Alloc *a = alloc_of(handle);
     REQUIRE(a, INVALID_VALUE);
     *prop = a->prop;
     return OK;
 }
 CUresult cuMemRetainAllocationHandle(u64 *handle, void *address) {
-    CALL(cuMemRetainAllocationHandle, CONTEXT);
+    CALL(cuMemRetainAllocationHandle, MEMORY);
     Range *range = range_of((u64)address, 1);
     Mapping *m = range ? mapping_at(range, (u64)address) : NULL;
     REQUIRE(m, INVALID_VALUE);
@@ -485,7 +485,7 @@ static int own_file(Alloc *a) {
     return OK;
 }
 CUresult cuMemExportToShareableHandle(void *out, u64 handle, int type, u64 flags) {
-    CALL(cuMemExportToShareableHandle, CONTEXT);
+    CALL(cuMemExportToShareableHandle, MEMORY);
     Alloc *a = alloc_of(handle);
     REQUIRE(a && !flags && (type == POSIX_FD || type == FABRIC), INVALID_VALUE);
     REQUIRE(a->prop.handle_types & type, INVALID_VALUE); /* asked for at cuMemCreate, or never */
@@ -497,7 +497,7 @@ CUresult cuMemExportToShareableHandle(void *out, u64 handle, int type, u64 flags
     return OK;
 }
 CUresult cuMemImportFromShareableHandle(u64 *handle, void *os_handle, int type) {
-    CALL(cuMemImportFromShareableHandle, CONTEXT);
+    CALL(cuMemImportFromShareableHandle, MEMORY);
     char path[64], target[64] = "";
     struct stat info;
     REQUIRE(type == POSIX_FD, NOT_SUPPORTED);
@@ -515,7 +515,7 @@ CUresult cuMemImportFromShareableHandle(u64 *handle, void *os_handle, int type) 
 
 /* ---- mapping -------------------------------------------------------------------------------- */
 CUresult cuMemMap(u64 address, size_t size, size_t offset, u64 handle, u64 flags) {
-    CALL(cuMemMap, CONTEXT);
+    CALL(cuMemMap, MEMORY);
     Alloc *a = alloc_of(handle);
     Range *range = range_of(address, size);
     REQUIRE(a && range && !flags && !offset, INVALID_VALUE);
@@ -534,7 +534,7 @@ CUresult cuMemMap(u64 address, size_t size, size_t offset, u64 handle, u64 flags
     return OK;
 }
 CUresult cuMemUnmap(u64 address, size_t size) {
-    CALL(cuMemUnmap, CONTEXT);
+    CALL(cuMemUnmap, MEMORY);
     Range *range = range_of(address, size);
     REQUIRE(size && range && address % S.granularity == 0, INVALID_VALUE);
     int count = whole_mappings(range, address, size);
@@ -565,7 +565,7 @@ static int place_of(Location location) {
     return location.type == ON_HOST || location.type == ON_HOST_NUMA ? HOST : -1;
 }
 CUresult cuMemSetAccess(u64 address, size_t size, const AccessDesc *desc, size_t count) {
-    CALL(cuMemSetAccess, CONTEXT);
+    CALL(cuMemSetAccess, MEMORY);
     Range *range = range_of(address, size);
     REQUIRE(size && range && count && address % S.granularity == 0, INVALID_VALUE);
     REQUIRE(whole_mappings(range, address, size), INVALID_VALUE);
@@ -594,7 +594,7 @@ CUresult cuMemSetAccess(u64 address, size_t size, const AccessDesc *desc, size_t
     return OK;
 }
 CUresult cuMemGetAccess(u64 *flags, const Location *location, u64 address) {
-    CALL(cuMemGetAccess, CONTEXT);
+    CALL(cuMemGetAccess, MEMORY);
     Range *range = range_of(address, 1);
     Mapping *m = range ? mapping_at(range, address) : NULL;
     REQUIRE(m && place_of(*location) >= 0, INVALID_VALUE);
@@ -791,6 +791,7 @@ void emu_set(const char *what, long value) {
     if (!strcmp(what, "refuse_rdma")) S.refuse_rdma = value;
     if (!strcmp(what, "poison")) S.poison = value;
     if (!strcmp(what, "whole_unmap")) S.whole_unmap = value;
+    if (!strcmp(what, "context_free")) S.context_free = value; /* memory calls need none, as cuda.h says */
     if (!strcmp(what, "delay")) { S.delay = value; if (!value) finish_all(); }
 }
 void emu_attribute(int attribute, int value) { S.attribute[attribute] = value; }
