@@ -84,6 +84,14 @@ def cannot_launch(tensor: Tensor) -> str | None:
     return f"the tensor is on {tensor.device}: Triton kernels need a CUDA device"
 
 
+def precision(tensor: Tensor) -> str:
+    """How products of ``tensor``'s rows are rounded: "tf32" for float32 where the user allows it
+    (`torch.set_float32_matmul_precision`), else "ieee"."""
+    # Not allow_tf32, which raises where the user has set the newer name.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tensor.dtype == torch.float32 and allowed else "ieee"
+
+
 def current(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device the one that Triton launches on."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
@@ -94,5 +102,5 @@ def current(tensor: Tensor) -> AbstractContextManager[object]:
 @cache
 def _properties(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
-    arch = 10 * found.major + found.minor
-    return Device(arch, found.multi_processor_count, found.shared_memory_per_block_optin)
+    held = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Device(10 * found.major + found.minor, found.multi_processor_count, held)

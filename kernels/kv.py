@@ -21,7 +21,7 @@ DTYPES = (*HALF, torch.float32)
 MOST_DIM = 256
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KV:
     """Where K and V lie.
 
@@ -70,6 +70,14 @@ class KV:
                 )
         self._check_counts()
         self._check_scales()
+
+    def __repr__(self) -> str:
+        """Shapes alone: rows beyond the lengths may not be mapped, and are not for printing."""
+        key = self.key
+        return (
+            f"<KV {self.batch} sequences, key {tuple(key.shape)}, value {tuple(self.value.shape)}, "
+            f"{key.dtype} on {key.device}>"
+        )
 
     @property
     def batch(self) -> int:
