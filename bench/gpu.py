@@ -7,8 +7,9 @@ turns, so that a clock that falls falls on all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,29 @@ BACKENDS = {
 def missing() -> str | None:
     """Why nothing can be timed here, or None."""
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def instead(bench: Bench, family: str, shapes: Iterable[Shape], why: str) -> None:
+    """What can be said without a device: the floors of ``shapes``, and what the compiled kernels of
+    configurations named ``family/...`` are made of (`python -m bench aot`)."""
+    from bench.compiled import table
+    from bench.roofline import floor
+
+    bench.skip(f"{why}. Instead: floors of the data sheet, and the compiled kernels")
+    for shape in shapes:
+        floor(bench, shape)
+    rows = table.load()
+    if rows is None:
+        bench.note("bench/results/aot.json is of another triton: python -m bench aot compiles anew")
+    for row, code in (rows or {}).items():
+        if f" {family}/" in row:
+            bench.figure(
+                f"compiled/{row}",
+                code.loop_instructions,
+                "instructions in the loop",
+                gate=code.spill_bytes == 0 and code.programs > 0,
+                **asdict(code),
+            )
 
 
 def timed_on_device(repeat: int, *acts: Act, cold: bool = False) -> list[Sample]:

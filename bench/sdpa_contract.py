@@ -4,6 +4,8 @@
 shapes, masks, layouts and values, the errors of wrong calls, and the laws of autograd, transforms,
 tracing and modes: `bench/contract/__init__.py` says what is compared with what. Differences are
 listed on stderr; each begins with a label, which `--only LABEL --seed N` runs again by itself.
+`--impl triton` examines the Triton kernels, interpreted on the CPU, on a grid that is thinned: some
+minutes, and under one with `--quick`.
 
 The mutation score is the share of implementations with one flaw that are told from a right one. It
 is shown only when implementations without a flaw pass: torch's own, and a blockwise kernel in
@@ -13,6 +15,8 @@ float32, with and without weights rounded to half precision. Needs `pip install 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,15 +30,20 @@ if TYPE_CHECKING:
     from bench.contract.runner import Report
 
 IMPL = "vattn.sdpa:scaled_dot_product_attention"
+TRITON = "triton"
 NUMERIC = ("grid", "opinfo")  # the families that kernels without checks of arguments can pass
 COMPILING = ("compiled", "compiled_shapes", "exported", "inductor")
 
 
 def run(
     bench: Bench,
-    impl: Annotated[str, typer.Option(help="The function to examine, as pkg.mod:fn.")] = IMPL,
+    impl: Annotated[
+        str, typer.Option(help='The function to examine, as pkg.mod:fn; or "triton".')
+    ] = IMPL,
     only: Annotated[str, typer.Option(help="Only the checks whose label contains this.")] = "",
 ) -> None:
+    if impl == TRITON:
+        return interpreted(bench, only)
     from bench.contract import FAMILIES, examine, suite
 
     attend = load(impl)
@@ -58,6 +67,44 @@ def run(
     seconds = time.perf_counter() - begin
     target = None if only else bench.pick("<= 180", "<= 40")
     bench.figure("sdpa_contract/seconds", seconds, "s", gate=True, target=target)
+    return None
+
+
+def interpreted(bench: Bench, only: str = "") -> None:
+    """The same for the Triton kernels: probes that they serve a part of, and fewer of them."""
+    interpret()
+    from bench.contract import examine, suite
+    from bench.contract.forced import thinned, triton
+
+    begin = time.perf_counter()
+    strength = None if only else bench.pick(2, 1)
+    probes = thinned(suite(bench.seed, quick=True, strength=strength), quick=bench.quick)
+    probes = [probe for probe in probes if only in probe.label]
+    triton.served = 0
+    reports = {TRITON: examine(triton, probes, bench.seed)}
+    say(f"triton served {triton.served} calls of {len(probes)} checks, by name")
+    show(bench, reports)
+    bench.figure("sdpa_contract/served", triton.served, "calls", gate=triton.served > 0)
+    if not only and not bench.quick:
+        mutation(bench, probes)
+    seconds = time.perf_counter() - begin
+    target = None if only else bench.pick("<= 600", "<= 60")
+    bench.figure("sdpa_contract/seconds", seconds, "s", gate=True, target=target)
+
+
+def interpret() -> None:
+    """Let Triton run kernels on the CPU, in Python: it looks once, when it is imported.
+
+    Raises BadParameter if that has happened.
+    """
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    from vattn.kernels import gpu
+
+    if not gpu.interpreted():
+        raise typer.BadParameter(
+            "triton was imported before: set TRITON_INTERPRET=1 in the environment"
+        )
 
 
 def load(impl: str) -> Callable[..., Any]:

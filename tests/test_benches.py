@@ -18,6 +18,8 @@ from vattn.sequence import Sequence
 
 EXPECTED = {"alias", "hf_generate", "import_time", "model_card", "page", "plan_step", "reserve"}
 EXPECTED |= {"decode_cpu", "gather", "sdpa_contract", "sdpa_dropin", "waste"}
+ON_DEVICE = {"append", "cascade", "decode", "gpu_vmm", "masked", "prefill"}
+EXPECTED |= ON_DEVICE | {"aot", "roofline"}
 
 
 def test_every_bench_of_the_project_is_listed():
@@ -47,6 +49,17 @@ def test_cheap_benches_run(name, capsys):
         assert line["unit"] in ("us", "ms")
         assert (line["met"] is None) == (line["target"] is None)
     assert bench.exit_code == 0
+
+
+@pytest.mark.parametrize("name", sorted(ON_DEVICE))
+def test_a_bench_for_a_device_says_what_is_known_without_one(name, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench = Bench(quick=True, as_json=True)
+    importlib.import_module(f"bench.{name}").run(bench)
+    assert bench.skipped.startswith("torch sees no CUDA device")
+    assert bench.exit_code == 0
+    names = [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()]
+    assert all(each.startswith(("roofline/", "compiled/")) for each in names)
 
 
 # ---- red gates -----------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def forward(attend: Attend, case: Case) -> None:
 
 def backward(attend: Attend, case: Case) -> None:
     """First derivatives against float64, at most 4x torch's own error and a rounding of the terms
-    they are made of; exactly 0 where every term is 0."""
+    they are made of and of the logits; exactly 0 where every term is 0."""
     found = gradients(attend, case.call, case.leaves, case.cotangent)
     for name, model in case.native_gradients.items():
         if name not in found:
@@ -51,8 +51,9 @@ def backward(attend: Attend, case: Case) -> None:
         out = same_kind(found[name], model)
         size = case.gradient_sizes[name]
         truth = case.exact_gradients[name]
-        what, dtype = f"gradient of {name}", case.call.query.dtype
-        close(out, model, truth, factor=BACKWARD, size=size, dtype=dtype, what=what)
+        what, call = f"gradient of {name}", case.call
+        dtype = call.query.dtype
+        close(out, model, truth, factor=BACKWARD, call=call, size=size, dtype=dtype, what=what)
         nothing = (size == 0) & (model == 0)
         expect(not out[nothing].any(), f"{what} is not 0 where nothing attends")
 

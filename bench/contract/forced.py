@@ -3,20 +3,26 @@
 A forced function serves what its kernel can serve, and leaves the rest to `auto`. The suite's calls
 are small, and small calls are torch's: without this a fault of a kernel's masks or strides could
 hide behind the table of paths. `python -m bench sdpa_contract --impl bench.contract.forced:stream`
+
+The Triton kernels run on the CPU where Triton interprets them, at some 10 ms a program: `thinned`
+are the probes that are worth that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
+from bench.contract import modes
+from bench.contract.cases import Probe
 from vattn.paths import ImplError
 from vattn.sdpa import scaled_dot_product_attention
 
 
 class Forced:
-    """A kernel of vattn wherever it can serve; counts how often that was."""
+    """A kernel of vattn wherever it can serve; counts how often that was (once a compilation)."""
 
     def __init__(self, impl: str) -> None:
         self.impl = impl
@@ -33,3 +39,30 @@ class Forced:
 
 packed, grouped, stream = Forced("packed"), Forced("grouped"), Forced("stream")
 KERNELS = (packed, grouped, stream)
+triton = Forced("triton")
+
+# Laws of torch's own random numbers and lazy memory, which no Triton kernel serves; threads, from
+# several of which at once the interpreter cannot be called; and a mode that must be told of the
+# examined function itself.
+DROPOUT = {law.__name__ for law in modes.DROPOUT} | {"vmapped_dropout"}
+TORCHS = {*DROPOUT, "copy_on_write", "nested", "meta", "parallel", "threaded", "mode"}
+
+
+def thinned(probes: Iterable[Probe], *, quick: bool = False) -> list[Probe]:
+    """The probes of which a Triton kernel serves a part, without those of a thousand keys.
+
+    When quick without torch's samples, and with every fifth of what takes several calls.
+    """
+    kept = [
+        each
+        for each in probes
+        if each.check not in TORCHS
+        and "float64" not in each.name
+        and not each.name.startswith(("long", "large"))
+        and (each.family != "opinfo" or each.check in ("forward", "backward"))
+    ]
+    if not quick:
+        return kept
+    once = [each for each in kept if each.family == "refusals" or each.check == "forward"]
+    several = [each for each in kept if each.family != "refusals" and each.check != "forward"]
+    return [each for each in (*once, *several[::5]) if each.family != "opinfo"]

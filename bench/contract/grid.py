@@ -41,9 +41,14 @@ class Block:
             if self.makes_sense(found):
                 yield found
 
-    def cases(self, seed: int, *, quick: bool, every: bool = False) -> list[Case]:
+    def cases(
+        self, seed: int, *, quick: bool, every: bool = False, strength: int | None = None
+    ) -> list[Case]:
+        """The combinations in which ``strength`` axes meet in full, drawn with ``seed``; by default
+        two when quick, else as many as the block says."""
         chosen = list(self.combinations())
-        strength = None if every else (2 if quick else self.strength)
+        if strength is None and not every:
+            strength = 2 if quick else self.strength
         if strength is not None:
             chosen = covering(chosen, strength, Random(seed, self.name))
         return [self.case(values, seed) for values in chosen]

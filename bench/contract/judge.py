@@ -5,7 +5,8 @@
 `exact` is float64. The first rounding is one unit in the last place of the result's dtype (four
 where sums are kept in that dtype as well, and round at every step: float32, float64), the second
 what one unit in the last place of the largest logit, in the dtype sums are kept in
-(float32 for half precision), can move a weighted mean of V: a kernel may add in another order than
+(float32 for half precision), can move a weighted mean of V, or a gradient whose kernel computes the
+scores again and holds them against a stored log-sum-exp: a kernel may add in another order than
 torch, and torch may be lucky. Half-precision scores or a scale 2% off are far outside of it.
 """
 
@@ -76,7 +77,8 @@ def close(
     allowed = min(factor * peers, CLOSEST * top) + rounding(dtype or out.dtype) * top
     if error > allowed and call is not None:
         sums = torch.finfo(torch.promote_types(out.dtype, torch.float32)).eps
-        allowed += min(sums * magnitude(call), CLOSEST) * max(top, _top(call.value))
+        moved = top if size is not None else max(top, _top(call.value))
+        allowed += min(sums * magnitude(call), CLOSEST) * moved
     if error > allowed:
         at = torch.where(finite, (got - exact).abs(), 0.0).argmax()
         raise Differs(

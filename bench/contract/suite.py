@@ -24,11 +24,17 @@ COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def suite(
-    seed: int, *, quick: bool = False, every: bool = False, families: Sequence[str] = FAMILIES
+    seed: int,
+    *,
+    quick: bool = False,
+    every: bool = False,
+    families: Sequence[str] = FAMILIES,
+    strength: int | None = None,
 ) -> Iterator[Probe]:
     """The probes of some families, made as they are asked for.
 
-    ``every`` takes all combinations of the grid, those too that the full form leaves to chance.
+    ``every`` takes all combinations of the grid, those too that the full form leaves to chance;
+    ``strength`` few: any values of so many axes meet.
     """
     if "refusals" in families:
         yield from refusals(seed)
@@ -37,7 +43,7 @@ def suite(
     if "opinfo" in families:
         yield from samples(seed, quick=quick)
     if "grid" in families:
-        yield from grid(seed, quick=quick, every=every)
+        yield from grid(seed, quick=quick, every=every, strength=strength)
 
 
 def probe(check: Check, case: Case) -> Probe:
@@ -79,10 +85,12 @@ def samples(seed: int, *, quick: bool) -> Iterator[Probe]:
         yield from (probe(check, case) for check in checks)
 
 
-def grid(seed: int, *, quick: bool, every: bool = False) -> Iterator[Probe]:
+def grid(
+    seed: int, *, quick: bool, every: bool = False, strength: int | None = None
+) -> Iterator[Probe]:
     """Values of every case, gradients where the block has any."""
     for block in BLOCKS:
-        for case in block.cases(seed, quick=quick, every=every):
+        for case in block.cases(seed, quick=quick, every=every, strength=strength):
             yield probe(forward, case)
             if "parallel" in case.marks:
                 yield probe(modes.parallel, case)
