@@ -55,6 +55,7 @@ PLAIN = {
 RICH = {
     **PLAIN,
     (80, 128): Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+    (80, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
     (90, 64): Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     (90, 128): Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     (90, 256): Tiles(Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
@@ -67,8 +68,7 @@ SMALL = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 SMALLEST = Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 4, 1))
 FLOAT32 = {
     **{(arch, 64): SMALL for arch in (80, 90, 100)},
-    **{(arch, 128): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)) for arch in (90, 100)},
-    (80, 128): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
+    **{(arch, 128): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)) for arch in (80, 90, 100)},
     **{(arch, 256): SMALLEST for arch in (80, 90, 100)},
 }
 

@@ -14,7 +14,7 @@ from bench import sdpa_contract
 from bench.contract import FLAWS, HONEST, examine, mutate, suite
 from bench.contract.call import FLOATS, Call, exact
 from bench.contract.cases import Probe
-from bench.contract.forced import KERNELS, Forced
+from bench.contract.forced import KERNELS, TORCHS, Forced, thinned, triton
 from bench.contract.grid import covering
 from bench.contract.inputs import LAYOUTS, Random, laid_out
 from bench.contract.judge import Differs, close
@@ -176,3 +176,23 @@ def test_judgement(out: float, native: float, truth: float, fine: bool):
     except Differs:
         passed = False
     assert passed is fine
+
+
+# ---- the Triton kernels, interpreted -------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+def test_triton_by_name_gives_torchs_values_and_gradients():
+    """A part of `--impl triton --quick`, drawn anew every time."""
+    families = ("laws", "grid")
+    few = thinned(suite(SEED, quick=True, strength=1, families=families), quick=True)
+    few = few[SEED % 8 :: 8]
+    triton.served = 0
+    report = examine(triton, few, SEED)
+    assert not report.differences, report.digest()
+    assert triton.served > 5
+
+
+def test_what_is_thinned_out_is_torchs_or_large(probes):
+    kept = {each.label for each in thinned(probes)}
+    for each in probes:
+        gone = each.check in TORCHS or each.name.startswith(("long", "large"))
+        assert (each.label in kept) is not (gone or "float64" in each.name)

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from vattn.dropin import patch as patch
     from vattn.dropin import patched as patched
     from vattn.layout import Layout as Layout
+    from vattn.prefix import shared_prefixes as shared_prefixes
     from vattn.ragged import attend as attend
     from vattn.ragged import attend_lse as attend_lse
     from vattn.sdpa import explain as explain
     from vattn.sdpa import scaled_dot_product_attention as scaled_dot_product_attention
+    from vattn.sdpa_gpu import batch_invariant as batch_invariant
 
 __version__ = "0.1.0"
 
@@ -30,12 +32,14 @@ _HOME: dict[str, str | None] = {
     "SDPAMode": "dropin",
     "attend": "ragged",
     "attend_lse": "ragged",
+    "batch_invariant": "sdpa_gpu",
     "explain": "sdpa",
     "hf": None,
     "patch": "dropin",
     "patched": "dropin",
     "registry": None,
     "scaled_dot_product_attention": "sdpa",
+    "shared_prefixes": "prefix",
 }
 __all__ = ["__version__", *_HOME]
 

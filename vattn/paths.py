@@ -9,10 +9,10 @@
                own call is as fast
 
 A call that no row takes is torch's. So is every call that `sdpa_checks.why_torch` names: gradients,
-causality, dropout, other devices, transforms and modes. Nothing is measured or remembered at run
-time: the same arguments under the same torch settings give the same path. The first call that
-`stream` serves loads numba, and the first ever compiles for some seconds; what it compiled is kept
-on disk.
+causality, dropout, transforms and modes. `paths_gpu` is the table of tensors on a GPU. Nothing is
+measured or remembered at run time: the same arguments under the same torch settings give the same
+path. The first call that `stream` serves loads numba, and the first ever compiles for some seconds;
+what it compiled is kept on disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vattn.allocator.errors import VattnError
 from vattn.kernels import grouped, packed, stream
 from vattn.sdpa_checks import FLOATS, Sure
 
-AUTO, NATIVE = "auto", "native"
+AUTO, NATIVE, TRITON = "auto", "native", "triton"
 HALF, SINGLE = (torch.bfloat16, torch.float16), (torch.float32,)
 WIDE = (torch.float32, torch.float64)
 
@@ -128,6 +128,7 @@ def explained(call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
     """`choose`, with the reasons."""
     impl = choose(call, query, key, value, mask)
     others = dict.fromkeys((NATIVE, *IMPLS), "a row above it in the table fits")
+    others[TRITON] = "for tensors on a GPU; on the CPU by name, where Triton is interpreted"
     reason = "no row of the table fits"
     for row in reversed(TABLE):
         why = _unlike(row, call) or IMPLS[row.impl].cannot(query, key, value, mask)
@@ -141,22 +142,26 @@ def explained(call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
 
 def torchs(reason: str) -> Choice:
     """Return the choice of a call that no kernel may serve."""
-    return Choice(NATIVE, reason, tuple((impl, reason) for impl in IMPLS))
+    return Choice(NATIVE, reason, tuple((impl, reason) for impl in (*IMPLS, TRITON)))
 
 
 def named(
     impl: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, why: str | None
 ) -> None:
     """Raise ImplError unless the kernel ``impl`` can serve; ``why`` is `why_torch`'s answer."""
-    why = why or IMPLS[impl].cannot(query, key, value, mask)
+    refuse(impl, why or IMPLS[impl].cannot(query, key, value, mask))
+
+
+def refuse(impl: str, why: str | None) -> None:
+    """Raise ImplError if there is a reason why ``impl`` cannot serve."""
     if why is not None:
         raise ImplError(f'impl="{impl}" cannot serve this call: {why}; use impl="auto"')
 
 
 def known(impl: str) -> None:
     """Raise ValueError for a name that is no implementation."""
-    if impl not in (AUTO, NATIVE, *IMPLS):
-        names = ", ".join(f'"{name}"' for name in (AUTO, NATIVE, *IMPLS))
+    if impl not in (AUTO, NATIVE, *IMPLS, TRITON):
+        names = ", ".join(f'"{name}"' for name in (AUTO, NATIVE, *IMPLS, TRITON))
         raise ValueError(f"impl={impl!r} is unknown; choose one of {names}")
 
 

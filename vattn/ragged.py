@@ -6,9 +6,10 @@ The queries are the last L tokens of each sequence, so the mask is causal, align
 query l of sequence i sees tokens 0 .. S_i - L + l, or the last ``window_tokens`` of these. Tokens
 that a sequence has released (`KVCache.release_before`) are not seen.
 
-Where numba is installed, all sequences are one call of the stream kernel: it takes addresses and
-lengths, so nothing is padded, gathered or copied. Elsewhere, and for many queries, each sequence is
-two calls of torch's flash kernel, joined by log-sum-exp:
+A cache on a GPU is read by the Triton kernels (`ragged_gpu`). On the host, where numba is there,
+all sequences are one call of the stream kernel: it takes addresses and lengths, so nothing is
+padded, gathered or copied. Elsewhere, and for many queries, each sequence is two calls of torch's
+flash kernel, joined by log-sum-exp:
 
     tokens   0 ........... S-L ....... S
     queries  |   all seen   | triangle |
@@ -19,11 +20,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vattn import ragged_gpu
 from vattn.kernels import packed, stream
 from vattn.kernels.contract import empty_rows, plain_rows
 from vattn.kernels.merge import merge
-from vattn.layout import LayoutError
-from vattn.sequence import Ragged, View
+from vattn.paths import AUTO, TRITON
+from vattn.ragged_gpu import FixedView
+from vattn.sequence import View
 
 # Query rows that share a KV head up to which reading K and V is what takes the time.
 STREAM_ROWS = 64
@@ -33,33 +36,43 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 def attend(
     query: Tensor,
-    view: View,
+    view: View | FixedView,
     layer: int,
     *,
     scale: float | None = None,
     window_tokens: int | None = None,
+    impl: str = AUTO,
 ) -> Tensor:
     """Attend to one layer of a view, [B, Hq, L, D]; forward only.
+
+    `impl` is "auto" or "triton": the Triton kernels read a cache on a GPU in any case, and one on
+    the host by name where Triton is interpreted (TRITON_INTERPRET=1).
 
     Raises:
         LayoutError: the query has another dtype, device or shape than the cache serves, holds more
             tokens than a sequence does, or wants a gradient.
         ClosedError: a sequence was closed, truncated or reordered since the view was made.
+        ImplError: the Triton kernels cannot run where the cache lies; the message says why.
     """
-    return attend_lse(query, view, layer, scale=scale, window_tokens=window_tokens)[0]
+    return attend_lse(query, view, layer, scale=scale, window_tokens=window_tokens, impl=impl)[0]
 
 
 def attend_lse(
     query: Tensor,
-    view: View,
+    view: View | FixedView,
     layer: int,
     *,
     scale: float | None = None,
     window_tokens: int | None = None,
+    impl: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
     """`attend`, and the log-sum-exp of each row, [B, Hq, L] float32: to merge with other tokens."""
+    if impl not in (AUTO, TRITON):
+        raise ValueError(f'impl={impl!r} is unknown; choose "{AUTO}" or "{TRITON}"')
+    if impl == TRITON or isinstance(view, FixedView) or view.cache.device.type != "cpu":
+        return ragged_gpu.attend_lse(query, view, layer, scale, window_tokens)
     ragged = view.ragged(layer)
-    _check(query, view, ragged, window_tokens)
+    ragged_gpu.check(query, view, layer, window_tokens)
     rows = query.shape[1] // view.cache.layout.kv_heads * query.shape[2]
     if query.numel() == 0:
         return empty_rows(query, query)
@@ -122,36 +135,3 @@ def _band(length: int, key: Tensor, window: int | None = None) -> Tensor:
     queries = keys[-length:, None]
     seen = keys <= queries
     return seen if window is None else seen & (keys > queries - window)
-
-
-def _check(query: Tensor, view: View, ragged: Ragged, window: int | None) -> None:
-    layout = view.cache.layout
-    if query.dim() != 4 or query.shape[0] != len(ragged.k) or query.shape[3] != layout.head_dim:
-        raise LayoutError(
-            f"query is {tuple(query.shape)} and must be [{len(ragged.k)} sequences, heads, tokens, "
-            f"{layout.head_dim}]"
-        )
-    if query.dtype != view.cache.dtype or not query.is_cpu:
-        raise LayoutError(
-            f"query is {query.dtype} on {query.device}, the cache {view.cache.dtype} on the CPU: "
-            "convert the query"
-        )
-    if query.dtype not in stream.DTYPES:
-        raise LayoutError(
-            f"attend serves float32, bfloat16 and float16, the cache holds {query.dtype}: convert "
-            "its rows and use scaled_dot_product_attention"
-        )
-    if query.shape[1] % layout.kv_heads:
-        raise LayoutError(
-            f"{query.shape[1]} query heads are no multiple of {layout.kv_heads} KV heads"
-        )
-    shortest = ragged.lengths.min(initial=query.shape[2])
-    if shortest < query.shape[2]:
-        raise LayoutError(
-            f"{query.shape[2]} query tokens in a sequence that holds {shortest}: append their K "
-            "and V before attending"
-        )
-    if window is not None and window < 1:
-        raise LayoutError(f"window_tokens must be at least 1 or None, got {window}")
-    if query.requires_grad and torch.is_grad_enabled():
-        raise LayoutError("attend has no gradient: call it under torch.no_grad()")

@@ -1,9 +1,10 @@
-"""Attention with torch's signature and torch's answers, faster on the CPU where torch is slow.
+"""Attention with torch's signature and torch's answers, faster where torch is slow.
 
 torch's CPU flash kernel reads every K and V row once per *query* head and gives a whole sequence
 to one core: with one query token, 0.5 to 1 GB/s in bfloat16. `paths` names the kernels that serve
-such calls instead. Every other call, and everything that looks at torch's own operation (autograd,
-transforms, subclasses, modes, export), is passed to torch unchanged.
+such calls instead; `paths_gpu` those of a GPU, where torch's flash kernel takes no mask and no
+rectangular causality. Every other call, and everything that looks at torch's own operation
+(transforms, subclasses, modes, export), is passed to torch unchanged.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from vattn import paths, sdpa_op
-from vattn.paths import AUTO, NATIVE, Call, Choice
+from vattn import paths, paths_gpu, sdpa_gpu, sdpa_gpu_op, sdpa_op
+from vattn.paths import AUTO, NATIVE, TRITON, Call, Choice
 from vattn.sdpa_checks import (
     PLAIN,
     Sure,
@@ -53,7 +54,8 @@ def scaled_dot_product_attention(
     [B, Hq, L, S] (bool, True = attend, or float, added); result [B, Hq, L, Dv], strided as torch
     strides it. float32, float64, bfloat16 or float16. A row that may attend to nothing is 0.
     `is_causal` is aligned top-left: query i sees keys 0..i. Every other shape, device or option
-    that torch accepts is passed to torch; every error is torch's own.
+    that torch accepts is passed to torch; every error is torch's own. On a GPU gradients are
+    computed by our kernels where the result was; second derivatives by torch.
 
     Four answers differ from torch 2.13 on the CPU, where its kernel breaks its own contract:
     `attn_mask` with `is_causal=True` raises RuntimeError, as documented (the kernel applies both);
@@ -62,8 +64,10 @@ def scaled_dot_product_attention(
     of 0 or less is computed (it returns NaN). NaN and infinities in V behind a weight of 0 may be
     hidden where torch shows them, and shown where it hides them.
 
-    `impl` is "auto", "native" (torch), "packed", "grouped" or "stream". A kernel asked for by name
-    serves the call or raises `paths.ImplError` with the reason; `explain` tells what "auto" takes.
+    `impl` is "auto", "native" (torch), "packed", "grouped", "stream" (these on the CPU) or "triton"
+    (on a GPU, and on the CPU where Triton is interpreted: TRITON_INTERPRET=1). A kernel asked for
+    by name serves the call or raises `paths.ImplError` with the reason; `explain` tells what "auto"
+    takes.
     """
     if has_torch_function_variadic(query, key, value, attn_mask):
         options = dropout_p, is_causal, scale, enable_gqa
@@ -77,7 +81,7 @@ def scaled_dot_product_attention(
         and type(key) in PLAIN
         and type(value) in PLAIN
         and tracing_state() is None
-        and (key.is_nested or value.is_nested or key.shape != value.shape or _large(query, key))
+        and _worth_a_look(query, key, value)
     ):
         options = dropout_p, is_causal, scale, enable_gqa
         return _looked_at(query, key, value, attn_mask, options, impl)
@@ -120,6 +124,11 @@ def explain(
     if impl != AUTO:
         path = _path(query, key, value, attn_mask, options, impl)
         return Choice(path, "asked for by name", ())
+    if isinstance(query, Tensor) and query.is_cuda:
+        if sdpa_gpu.invariant():
+            path = _path(query, key, value, attn_mask, options, impl)
+            return Choice(path, "in a batch_invariant block nothing else serves", ())
+        return paths_gpu.explained(query, key, value, attn_mask, options)
     why = why_torch(query, key, value, attn_mask, options)
     if why is not None:
         return paths.torchs(why)
@@ -127,11 +136,14 @@ def explain(
     return paths.explained(call, query, key, value, attn_mask)
 
 
-def _large(query: Tensor, key: Tensor) -> bool:
-    """Whether a row of the table could take a call of this size; other calls end here."""
-    if query.is_nested:
-        return False
-    sizes, keys = query.shape, key.shape
+def _worth_a_look(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether K and V differ, or a row of a table could take a call of this size: on a GPU any."""
+    try:
+        sizes, keys = query.shape, key.shape
+        if keys != value.shape or query.is_cuda:
+            return True
+    except RuntimeError:
+        return True  # a nested tensor has no shape
     if len(sizes) != 4 or len(keys) != 4:
         return False
     return sizes[0] * sizes[1] * sizes[3] * keys[2] >= paths.LEAST_READ
@@ -153,6 +165,8 @@ def _looked_at(
     path = _path(query, key, value, mask, options, impl)
     if path == NATIVE:
         return _native(query, key, value, mask, options)
+    if path == TRITON:
+        return sdpa_gpu_op.attend(query, key, value, mask, options)
     return paths.run(path, query, key, value, mask, options[2])
 
 
@@ -166,6 +180,10 @@ def _path(
     sure: Sure = bool,
 ) -> str:
     """Return the name of what serves the call. Raises ImplError for a kernel that cannot."""
+    if impl == AUTO and type(query) in PLAIN and query.is_cuda:
+        if not sdpa_gpu.invariant():
+            return paths_gpu.path(query, key, value, mask, options, sure)
+        impl = TRITON  # or an error: whatever else may serve depends on the batch
     if impl == AUTO:
         if not _worth_asking(query, key, value, mask, sure):
             return NATIVE
@@ -176,7 +194,9 @@ def _path(
             return NATIVE
         return paths.choose(call, query, key, value, mask, sure)
     paths.known(impl)
-    if impl != NATIVE:
+    if impl == TRITON:
+        paths.refuse(impl, paths_gpu.why_not(query, key, value, mask, options, sure))
+    elif impl != NATIVE:
         why = why_torch(query, key, value, mask, options, sure)
         paths.named(impl, query, key, value, mask, why)
     return impl
@@ -241,7 +261,7 @@ def _traced(
     A size that depends on data decides nothing. An exported program is torch's alone, so that it
     runs where vattn is not installed.
     """
-    if impl == AUTO and torch.compiler.is_exporting():
+    if impl == AUTO and _exporting():
         return _native(query, key, value, mask, options)
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -253,7 +273,15 @@ def _traced(
     path = _path(query, key, value, mask, options, impl, guard_or_false)
     if path == NATIVE:
         return _native(query, key, value, mask, options)
+    if path == TRITON:
+        return sdpa_gpu_op.attend(query, key, value, mask, options)
     return sdpa_op.attend(query, key, value, mask, options[2], path)
+
+
+def _exporting() -> bool:
+    """Whether torch.export traces. `is_exporting()` is true in every trace of torch 2.11."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else bool(flag)
 
 
 def _overridden(

@@ -20,6 +20,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Subclasses (FakeTensor, DTensor, nested, quantised wrappers) mean something else by an operation.
 PLAIN = (Tensor, torch.nn.Parameter)
 
+RESTRICTED = "sdpa_kernel: the user chose among torch's backends"
+AUTOCAST = "autocast: torch casts the arguments"
+
 # Decides a comparison of sizes: `bool`, or while torch.compile traces `guard_or_false`, which calls
 # what depends on data untrue. Every comparison is therefore written so that false means torch.
 Sure = Callable[[Any], bool]
@@ -93,45 +96,79 @@ def why_torch(
     options: tuple[Any, ...],
     sure: Sure = bool,
 ) -> str | None:
-    """Say why only torch may serve this call; None if the contract of the kernels holds.
+    """Say why only torch may serve this call on the CPU; None if the contract of the kernels holds.
 
     ``options`` is (dropout_p, is_causal, scale, enable_gqa).
     """
-    dropout_p, is_causal, scale, enable_gqa = options
-    if is_causal is not False:
+    if options[1] is not False:
         return "is_causal: torch's kernel skips what a causal mask hides"
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    why = why_options(options) or why_tensors(tensors)
+    if why is not None:
+        return why
+    for t in tensors:
+        if not t.is_cpu:
+            return f"device {t.device}: this kernel takes tensors on the CPU"
+        if t.requires_grad and torch.is_grad_enabled():
+            return "a gradient is wanted"
+    return (
+        why_dtypes(query, key, value, mask, FLOATS)
+        or _why_context()
+        or why_shape(query, key, value, mask, options[3], sure)
+    )
+
+
+def why_options(options: tuple[Any, ...]) -> str | None:
+    """Say which option has a meaning that torch alone knows, or is wrong."""
+    dropout_p, _, scale, enable_gqa = options
     if type(dropout_p) not in (float, int) or dropout_p != 0:
         return "dropout: its random numbers are torch's"
     if enable_gqa is not False and enable_gqa is not True:
         return "enable_gqa is no bool"
     if scale is not None and (type(scale) not in (float, int) or scale - scale != 0):
         return "scale is no finite number"
-    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    return None
+
+
+def why_tensors(tensors: tuple[Tensor, ...]) -> str | None:
+    """Say which argument is no dense tensor of torch's own class."""
     for t in tensors:
         if type(t) not in PLAIN:
             return f"a {type(t).__name__} is no plain tensor"
-        if not t.is_cpu:
-            return f"device {t.device}: this version has paths of its own on the CPU only"
         if t.is_nested or t.layout is not torch.strided:
             return "a nested or sparse tensor"
-        if t.requires_grad and torch.is_grad_enabled():
-            return "a gradient is wanted"
+    return None
+
+
+def why_dtypes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+) -> str | None:
+    """Say which dtype is none of the kernels'."""
     dtype = query.dtype
-    if dtype not in FLOATS or key.dtype is not dtype or value.dtype is not dtype:
-        return "dtypes differ, or are no floats"
+    if dtype not in dtypes or key.dtype is not dtype or value.dtype is not dtype:
+        return "dtypes differ, or are not the kernel's"
     if mask is not None and mask.dtype not in (torch.bool, dtype, torch.float32):
         return f"a mask of {mask.dtype}"
-    return _why_context() or _why_shape(query, key, value, mask, enable_gqa, sure)
+    return None
 
 
 def _why_context() -> str | None:
-    """Say which machinery around the call wants to see torch's own operation."""
+    """Say which machinery around a call on the CPU wants to see torch's own operation."""
     if not (torch._C._get_flash_sdp_enabled() and torch._C._get_math_sdp_enabled()):
-        return "sdpa_kernel: the user chose among torch's backends"
+        return RESTRICTED
     if torch.is_autocast_enabled("cpu"):
-        return "autocast: torch casts the arguments"
+        return AUTOCAST
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform (vmap, grad, jvp) is active"
+    return why_watched()
+
+
+def why_watched() -> str | None:
+    """Say which machinery that works on torch's own operations is active."""
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     if torch.compiler.is_compiling():
@@ -143,8 +180,13 @@ def _why_context() -> str | None:
     return None
 
 
-def _why_shape(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool, sure: Sure
+def why_shape(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    enable_gqa: bool,
+    sure: Sure = bool,
 ) -> str | None:
     """Say which shape leaves the contract of the kernels: they broadcast nothing but the mask."""
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:

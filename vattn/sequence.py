@@ -151,7 +151,7 @@ class View:
             ClosedError: a sequence was closed, truncated or reordered since.
             LayoutError: no such layer, or the batch is ragged.
         """
-        self._check_current()
+        self.check_current()
         physical = self.cache.layout.physical(layer)
         if self.static:
             return self.cache.tensor(self.slots, layer, side, static=True)
@@ -173,7 +173,7 @@ class View:
         Raises:
             ClosedError: a sequence was closed, truncated or reordered since.
         """
-        self._check_current()
+        self.check_current()
         physical = self.cache.layout.physical(layer)
         spans = list(
             zip(self.starts[:, physical].tolist(), self.lengths[:, physical].tolist(), strict=True)
@@ -194,7 +194,9 @@ class View:
             self.cache.layout.strides,
         )
 
-    def _check_current(self) -> None:
+    def check_current(self) -> None:
+        """Raise `ClosedError` if a sequence was closed, truncated or reordered since the view was
+        made."""
         for sequence in self.sequences:
             sequence.check_open()
         stale = np.flatnonzero(self.cache.versions[self.slots] != self._versions)

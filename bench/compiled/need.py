@@ -18,15 +18,15 @@ class Need:
 
     Args:
         matrix: the matrix instruction that its hot loop must hold, by architecture.
-        narrow: how many global loads of the hot loop may be narrower than 128 bits (None: any
-            number); a kernel without a loop must then have a wide load.
+        narrow: how many global loads of the hot loop may be narrower than 128 bits, everywhere or
+            by architecture (None: any number); a kernel without a loop must then have a wide load.
         specialised: architectures on which warps must be specialised (setmaxnreg).
         spill_bytes: the most that may be spilled, by architecture: 0 where nothing is said.
         dependent_loads: loads at loaded addresses that the hot loop may hold.
     """
 
     matrix: Mapping[int, str] | None = None
-    narrow: int | None = None
+    narrow: int | Mapping[int, int] | None = None
     specialised: tuple[int, ...] = ()
     spill_bytes: Mapping[int, int] | None = None
     dependent_loads: int = 0
@@ -45,9 +45,9 @@ class Need:
             (not matrix or code.mix.get(matrix, 0) > 0, f"holds no {matrix} instruction"),
             (not matrix or code.loop_matrix > 0, "has no loop with matrix instructions"),
             (
-                self._wide(code),
+                self._wide(arch, code),
                 f"{code.loop_narrow} of {code.loop_loads} global loads in the hot loop are "
-                f"narrower than 128 bits, {self.narrow} allowed",
+                f"narrower than 128 bits, {self._narrow(arch)} allowed",
             ),
             (
                 arch not in self.specialised or "setmaxnreg" in code.mix,
@@ -60,10 +60,14 @@ class Need:
         ]
         return [text for holds, text in checks if not holds]
 
-    def _wide(self, code: Code) -> bool:
+    def _narrow(self, arch: int) -> int | None:
+        return self.narrow.get(arch, 0) if isinstance(self.narrow, Mapping) else self.narrow
+
+    def _wide(self, arch: int, code: Code) -> bool:
         """Whether K and V come in loads of 128 bits or by TMA."""
-        if self.narrow is None:
+        narrow = self._narrow(arch)
+        if narrow is None:
             return True
         if code.loop_instructions:
-            return code.loop_narrow <= self.narrow
+            return code.loop_narrow <= narrow
         return code.mix.get("wide_loads", 0) + code.mix.get("tma_loads", 0) > 0
