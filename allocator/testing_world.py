@@ -40,6 +40,10 @@ class Device(Protocol):
     def fail(self, n: int) -> None:
         """The n-th driver call from now fails with an error that `injected` knows; 0: none."""
 
+    @property
+    def failing(self) -> bool:
+        """Is the failure that was asked for yet to come?"""
+
     def injected(self, error: DriverError) -> bool:
         """Was it `fail`?"""
 
@@ -119,9 +123,12 @@ class World:
 
     # ---- failures ----------------------------------------------------------------------------
     def fail(self, n: int) -> None:
-        """Some call soon fails: a verb, or on a device a driver call. Within a turn, so that it is
-        never a call of a change that is being undone."""
+        """Some call soon fails: a verb, or on a device a driver call. Within a turn, and never
+        beside another failure that is still to come: the call is then none of a change that is
+        being undone, and undoing is not promised to survive a second failure."""
         with self.pool.turn:
+            if self.failing.left or (self.device is not None and self.device.failing):
+                return
             if self.device is not None and n % 2:
                 self.device.fail(n)
             else:

@@ -79,7 +79,8 @@ def figures(bench: Bench, shape: Shape, copied: float) -> None:
         gigabytes_per_second={each: round(one, 1) for each, one in rate.items()},
         kv_bytes=shape.kv_bytes,
     )
-    targets = [target for least, target in SHARES if shape.kv_bytes >= least]
+    shares = SHARES if even else SHARES[1:]  # ragged lengths balance less well
+    targets = [target for least, target in shares if shape.kv_bytes >= least]
     bench.figure(
         f"{name}/copy_share",
         shape.kv_bytes / taken["ours"].p50 / copied,

@@ -9,6 +9,9 @@
     limit[b] = min(S, room[b]); rows at or behind the limit are not written.
 
     stored = new                                    in K and V of the new rows' own dtype
+    stored = cast(new)                              in K and V of another of bfloat16, float16 and
+                                                    float32: the nearest number, ties to even,
+                                                    infinity for what is larger
     stored = saturate(new / scale)                  in K and V of 8 bits: the nearest number, ties
                                                     to even, the largest finite one for what is
                                                     larger; NaN stays NaN
@@ -33,7 +36,7 @@ from torch import Tensor
 
 from vattn.kernels.append_rows import append_rows, count_rows
 from vattn.kernels.gpu import Device, cannot_launch, current, device_of
-from vattn.kernels.kv import DTYPES, FP8, KV
+from vattn.kernels.kv import DTYPES, FP8, KV, scale_stride
 
 # Elements of a tile: 128 threads with two loads of 16 bytes each (32 threads where rows are few).
 TILE, SMALL_TILE = 2048, 512
@@ -82,8 +85,8 @@ def reference(
 
 def stored(row: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     """What rows [..., Hkv, D] become in a cache of ``dtype``."""
-    if row.dtype == dtype:
-        return row
+    if row.dtype == dtype or dtype not in FP8:
+        return row.to(dtype)
     row = row.float() if scale is None else row.float() / scale[:, None]
     top = torch.finfo(dtype).max
     return row.clamp(-top, top).to(dtype)
@@ -122,8 +125,8 @@ def append(
 
     Args:
         new_key, new_value: [B, Hkv, L, D] and [B, Hkv, L, Dv], or packed [T, Hkv, D] and
-            [T, Hkv, Dv] with ``starts``; of the KV view's dtype, or bfloat16, float16 or float32
-            for a view of 8 bits, whose scales divide them.
+            [T, Hkv, Dv] with ``starts``; of the KV view's dtype, or bfloat16, float16 or float32,
+            which are cast; scales of a view of 8 bits divide them.
         kv: the view; it must have ``lengths``.
         starts: int32 or int64 [B + 1], where each sequence's tokens begin, ascending.
         counts: int32 or int64 [B], rows of each sequence, at most L; None: L.
@@ -170,13 +173,14 @@ def _write(
     if not rows:
         return
     shape = tile(device_of(new_key), rows, max(dim, value_dim))
-    form = Format(0, 0, 0) if new_key.dtype == kv.key.dtype else FORMATS[kv.key.dtype]
+    encodes = kv.key.dtype in FP8 and new_key.dtype != kv.key.dtype
+    form = FORMATS[kv.key.dtype] if encodes else Format(0, 0, 0)
     append_rows[(triton.cdiv(rows, shape.rows),)](
         _bits(new_key), _bits(new_value), _bits(kv.key), _bits(kv.value),
         kv.lengths, starts, counts, room, None if kv.slots is None else kv.slots.contiguous(),
         kv.key_scale, kv.value_scale,
         *_strides(new_key), *_strides(new_value), *_strides(kv.key), *_strides(kv.value),
-        kv.lengths.stride(0), _scale_stride(kv.key_scale), _scale_stride(kv.value_scale),
+        kv.lengths.stride(0), scale_stride(kv.key_scale), scale_stride(kv.value_scale),
         rows, tokens, kv.batch, kv.batch.bit_length(), kv.key.shape[2],
         HEADS=heads, D=dim, DV=value_dim,
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=triton.next_power_of_2(value_dim),
@@ -196,10 +200,6 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
         n if size > 1 else 0 for n, size in zip(tensor.stride()[:3], sizes, strict=True)
     )
     return batch, head, token
-
-
-def _scale_stride(scale: Tensor | None) -> int:
-    return int(scale is not None and scale.shape[0] > 1)
 
 
 def _bits(rows: Tensor) -> Tensor:
@@ -248,10 +248,10 @@ def _check_rows(name: str, new: Tensor, rows: Tensor, lead: tuple[int, ...]) -> 
     if tuple(new.shape) != (*lead, rows.shape[3]):
         form = "[B, KV heads, tokens, D]" if len(lead) == 3 else "[tokens, KV heads, D]"
         raise ValueError(f"{name} is {tuple(new.shape)}: must be {form}, {(*lead, rows.shape[3])}")
-    if new.dtype != rows.dtype and not (rows.dtype in FP8 and new.dtype in DTYPES):
+    if new.dtype not in (rows.dtype, *DTYPES):
         raise ValueError(
             f"{name} is {new.dtype} and the cache {rows.dtype}: must be the same, or bfloat16, "
-            "float16 or float32 for a cache of 8 bits"
+            "float16 or float32, which are cast"
         )
     if new.stride(-1) != 1 and new.shape[-1] > 1:
         raise ValueError(

@@ -26,12 +26,26 @@ def narrow(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, TOP: tl.constexpr):
 
 
 @triton.jit
-def encoded(x, scale, at, live, MANTISSA: tl.constexpr, BIAS: tl.constexpr, TOP: tl.constexpr):
-    """Rows x [R, D] as they are stored; ``scale + at`` [R] are the addresses of their scales."""
-    if x.dtype == tl.bfloat16:  # exact, and the interpreter's conversion is not
+def wide(x):
+    """x in float32, exactly."""
+    if x.dtype == tl.bfloat16:  # the interpreter's conversion is not exact
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         x = bits.to(tl.float32, bitcast=True)
-    x = x.to(tl.float32)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """x in another dtype of 16 or 32 bits: nearest, ties to even."""
+    if x.dtype != DTYPE:
+        x = wide(x).to(DTYPE)
+    return x
+
+
+@triton.jit
+def encoded(x, scale, at, live, MANTISSA: tl.constexpr, BIAS: tl.constexpr, TOP: tl.constexpr):
+    """Rows x [R, D] as they are stored; ``scale + at`` [R] are the addresses of their scales."""
+    x = wide(x)
     if scale is not None:
         by = tl.load(scale + at, mask=live, other=1.0)
         x = tl.div_rn(x, tl.broadcast_to(by[:, None], x.shape))
@@ -49,7 +63,7 @@ def owner(t, starts, batch, steps):
     return b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "batch", "steps", "capacity"])
 def append_rows(
     new_key,
     new_value,
@@ -131,11 +145,14 @@ def append_rows(
     if MANTISSA > 0:
         k = encoded(k, key_scale, h * key_scale_h, live, MANTISSA, BIAS, TOP)
         v = encoded(v, value_scale, h * value_scale_h, live, MANTISSA, BIAS, TOP)
+    else:
+        k = cast(k, key.dtype.element_ty)
+        v = cast(v, value.dtype.element_ty)
     tl.store(key + (slot * key_b + h * key_h + at * key_s)[:, None] + d, k, mask=k_mask)
     tl.store(value + (slot * value_b + h * value_h + at * value_s)[:, None] + dv, v, mask=v_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "batch", "capacity"])
 def count_rows(
     lengths,
     starts,

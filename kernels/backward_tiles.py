@@ -77,6 +77,7 @@ def tiles_of(device: Device, dim: int, dtype: torch.dtype, plain: bool) -> Tiles
     """The tiles for rows of ``dim`` elements, the larger of D and Dv; ``plain`` scores have no
     mask, ALiBi or softcap."""
     wide = max(64, 1 << (dim - 1).bit_length())
+    plain = plain and dim == wide  # rows that are padded take registers, too
     # Consumer devices of any generation have an Ampere's matrix instructions and less memory.
     arch = 80 if device.shared_bytes <= A100.shared_bytes else min(device.arch // 10 * 10, 100)
     table = FLOAT32 if dtype == torch.float32 else PLAIN if plain else RICH

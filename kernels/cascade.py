@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -34,19 +35,19 @@ from torch import Tensor
 
 from vattn.kernels.cascade_prefix import attend_prefix
 from vattn.kernels.combine import combine
+from vattn.kernels.deals import padded
 from vattn.kernels.decode import MOST_TOKENS, decode_lse
 from vattn.kernels.gpu import Device, current, device_of, precision
-from vattn.kernels.kv import FP8, KV
+from vattn.kernels.kv import FP8, KV, scale_stride
 from vattn.kernels.online import stored
 from vattn.kernels.prefill import prefill_lse
-from vattn.kernels.scores import Scores
+from vattn.kernels.scores import CAUSAL, MOST_WINDOW, Scores
 
-CAUSAL = {None: 0, "top_left": 1, "bottom_right": 2}
-# A window or a sink beyond this is one without end: positions stay int32.
-MOST_WINDOW = 1 << 30
 # A part of fewer tokens costs more to join than it saves by running beside others.
 LEAST_PART = 256
 MOST_PARTS = 32
+# Numbers of int32 in 16 bytes.
+LINE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,24 +109,38 @@ def levels(groups: Iterable[Group], device: torch.device | str) -> list[Prefixes
             taken.append(set())
         rows[free].append(group)
         taken[free].update(group[0])
-    return [_level(level, device) for level in rows]
+    lines = _packed([line for level in rows for line in _lines(level)], device)
+    made = []
+    for i, level in enumerate(rows):
+        members, firsts, begins, ends = lines[4 * i : 4 * i + 4]
+        most_members = max(len(group[0]) for group in level)
+        most_tokens = max(end - begin for _, begin, end in level)
+        made.append(Prefixes(members, firsts, begins, ends, most_members, most_tokens))
+    return made
 
 
-def _level(groups: list[Group], device: torch.device | str) -> Prefixes:
-    def line(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int32, device=device)
-
-    firsts = [0]
-    for members, _, _ in groups:
-        firsts.append(firsts[-1] + len(members))
-    return Prefixes(
-        line(member for members, _, _ in groups for member in members),
-        line(firsts),
-        line(begin for _, begin, _ in groups),
-        line(end for _, _, end in groups),
-        max(len(members) for members, _, _ in groups),
-        max(end - begin for _, begin, end in groups),
+def _lines(groups: list[Group]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Members, firsts, begins and ends of a level."""
+    return (
+        [member for members, _, _ in groups for member in members],
+        [0, *accumulate(len(members) for members, _, _ in groups)],
+        [begin for _, begin, _ in groups],
+        [end for _, _, end in groups],
     )
+
+
+def _packed(lines: list[list[int]], device: torch.device | str) -> list[Tensor]:
+    """Lines of int32 on ``device``, by one copy for which the host does not wait. Each begins at a
+    multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not."""
+    sizes = [-(-len(line) // LINE) * LINE for line in lines]
+    begins = [0, *accumulate(sizes)]
+    pinned = torch.device(device).type == "cuda"
+    held = torch.zeros(begins[-1], dtype=torch.int32, pin_memory=pinned)
+    numbers = held.numpy()
+    for begin, line in zip(begins, lines, strict=False):
+        numbers[begin : begin + len(line)] = line
+    there = held.to(device, non_blocking=True)
+    return [there[b : b + len(line)] for b, line in zip(begins, lines, strict=False)]
 
 
 # ---- tiles and traffic -------------------------------------------------------------------------
@@ -231,7 +246,7 @@ def cascade_lse(
     Raises:
         ValueError: shapes, dtypes or devices break the contract.
     """
-    scores = Scores() if scores is None else scores
+    kv, scores = kv.dense(), Scores() if scores is None else scores.dense()
     each = [prefixes] if isinstance(prefixes, Prefixes) else list(prefixes)
     if query.dim() != 4:
         raise ValueError(f"query is {tuple(query.shape)}: must be [B, heads, tokens, head_dim]")
@@ -303,25 +318,17 @@ def _launch(
         level.members, level.firsts, level.begins, level.ends,
         kv.lengths, kv.starts, kv.slots, kv.key_scale, kv.value_scale, alibi,
         *query.stride()[:3], *kv.key.stride()[:2], *kv.value.stride()[:2],
-        _step(kv.key_scale), _step(kv.value_scale),
+        scale_stride(kv.key_scale), scale_stride(kv.value_scale),
         alibi.stride(0) if alibi is not None and alibi.dim() == 2 else 0,
         batch, reserved, tokens, row_tiles, splits,
         scores.factor(dim), scores.softcap or 0.0,
         min(scores.window or 0, MOST_WINDOW), min(scores.sink_tokens, MOST_WINDOW),
         GROUPS=heads // kv_heads, HEADS=kv_heads,
         KEY_ROW=kv.key.stride(2), VALUE_ROW=kv.value.stride(2), D=dim, DV=value_dim,
-        BLOCK_D=_padded(dim), BLOCK_DV=_padded(value_dim),
+        BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim),
         BLOCK_M=tile.rows, BLOCK_N=tile.keys, STAGES=tile.stages,
         CAUSAL=CAUSAL[scores.causal], WINDOW=scores.window is not None,
         SOFTCAP=scores.softcap is not None,
         PRECISION=precision(query),
         STORED=form, num_warps=tile.warps,
     )  # fmt: skip
-
-
-def _step(scale: Tensor | None) -> int:
-    return 1 if scale is not None and scale.shape[0] > 1 else 0
-
-
-def _padded(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))

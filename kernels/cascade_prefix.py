@@ -14,9 +14,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn.kernels.online import LOG2E, dot, fold, scored, settled, visible, widen
+from vattn.kernels.online import (
+    LOG2E,
+    dot,
+    fold,
+    rows_before,
+    scored,
+    settled,
+    visible,
+    whole_rows,
+    widen,
+)
 
 FAR = tl.constexpr(1 << 30)
+# What a compiled kernel need not know: a new number must not stall a step that serves.
+# Query tokens are not among them: the kernel of one token needs fewer registers.
+COUNTS = ["batch", "reserved", "row_tiles", "splits", "window", "sink_tokens"]
 
 
 @triton.jit
@@ -44,26 +57,7 @@ def _reach(
     return low, high, tl.maximum(clear_low, low), clear_high
 
 
-@triton.jit
-def _rows(base, n, limit, ROW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows ``n`` < ``limit`` from ``base`` on; zeros for others."""
-    d = tl.arange(0, BLOCK_D)
-    inside = (n < limit)[:, None] & (d < D)[None, :]
-    return tl.load(base + n.to(tl.int64)[:, None] * ROW + d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _whole_rows(base, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """N rows from ``base`` on."""
-    n = tl.arange(0, N).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    at = base + n[:, None] * ROW + d[None, :]
-    if D == BLOCK_D:
-        return tl.load(at)
-    return tl.load(at, mask=(d < D)[None, :], other=0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attend_prefix(
     query, key, value, outs, lses, tails, members, firsts, begins, ends,
     lengths, starts, slots, key_scale, value_scale, alibi,
@@ -149,7 +143,7 @@ def attend_prefix(
     for i in tl.range(0, stop - at - (clear_stop - clear), num_stages=STAGES):
         tile = tl.where(i < clear - at, at + i, clear_stop + i - (clear - at))
         j = low + tile * BLOCK_N + n
-        k = widen(_rows(keys, j, high, KEY_ROW, D, BLOCK_D), DTYPE, STORED)
+        k = widen(rows_before(keys, j, high, KEY_ROW, D, BLOCK_D), DTYPE, STORED)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         s = scored(products, factor, softcap, SOFTCAP)
         if alibi is not None:
@@ -157,20 +151,20 @@ def attend_prefix(
         seen = (j < high)[None, :] & (j[None, :] >= start[:, None])
         if CAUSAL:
             seen = seen & visible(origin[:, None], j[None, :], window, sink_tokens, True, WINDOW)
-        v = _rows(values, j, high, VALUE_ROW, DV, BLOCK_DV)
+        v = rows_before(values, j, high, VALUE_ROW, DV, BLOCK_DV)
         s = tl.where(seen, s, float("-inf"))
         m, total, acc = fold(s, widen(v, DTYPE, STORED), m, total, acc, PRECISION)
     skip = (low + clear * BLOCK_N).to(tl.int64)
     keys += skip * KEY_ROW
     values += skip * VALUE_ROW
     for i in tl.range(clear, clear_stop, num_stages=STAGES):
-        k = widen(_whole_rows(keys, KEY_ROW, BLOCK_N, D, BLOCK_D), DTYPE, STORED)
+        k = widen(whole_rows(keys, KEY_ROW, BLOCK_N, D, BLOCK_D), DTYPE, STORED)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         s = scored(products, factor, softcap, SOFTCAP)
         if alibi is not None:
             j = low + i * BLOCK_N + n
             s -= slope[:, None] * tl.abs(position[:, None] - j[None, :])
-        v = _whole_rows(values, VALUE_ROW, BLOCK_N, DV, BLOCK_DV)
+        v = whole_rows(values, VALUE_ROW, BLOCK_N, DV, BLOCK_DV)
         m, total, acc = fold(s, widen(v, DTYPE, STORED), m, total, acc, PRECISION)
         keys += BLOCK_N * KEY_ROW
         values += BLOCK_N * VALUE_ROW

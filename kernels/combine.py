@@ -72,7 +72,7 @@ def _check(outs: Tensor, lses: Tensor) -> None:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "rows"])
 def _combine(
     outs, lses, out, lse, outs_n, outs_m, lses_n, lses_m, parts, rows,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,

@@ -50,7 +50,11 @@ def tile_for(device: Device, rows: int, dim: int, value_dim: int, itemsize: int)
     stages = 5 if itemsize == 1 else 3
     shared = (stages - 1) * block * width * itemsize
     shared += 2 * tile_rows * (padded(dim) + block) + (2 << 10)  # the query, weights, sums
-    return Tile(tile_rows, block, 4, stages, max(1, min(2, device.shared_bytes // shared)))
+    programs = max(1, min(2, device.shared_bytes // shared))
+    if device.arch >= 100 and rows >= 16:  # found by compilation: other tiles spill there
+        warps, programs = {16: (8, programs), 32: (4, 1)}.get(tile_rows, (8, 1))
+        return Tile(tile_rows, block, warps, stages, programs)
+    return Tile(tile_rows, block, 4, stages, programs)
 
 
 def least_tokens(rows: int, dim: int, value_dim: int, itemsize: int) -> int:
@@ -86,6 +90,11 @@ def deal_for(
 class Workspace:
     """Memory of a decode step, for calls of the same shapes on one stream.
 
+    Two launches that may run at the same time need a workspace each, and lengths must not change
+    while a launch runs: parts would be joined that are not of one step. A launch that was broken
+    off, or for which this did not hold, can leave ``arrived`` other than 0, and so all later
+    results wrong: `clear` it then.
+
     Args:
         partials: float32 [P, rows, Dv].
         tops: float32 [P, 2, rows], a part's maximum and sum.
@@ -95,6 +104,11 @@ class Workspace:
     partials: Tensor
     tops: Tensor
     arrived: Tensor | None = None
+
+    def clear(self) -> None:
+        """Zero ``arrived``, in the order of the stream."""
+        if self.arrived is not None:
+            self.arrived.zero_()
 
 
 def workspace_for(
@@ -114,17 +128,51 @@ def workspace_for(
     scores = Scores() if scores is None else scores
     device = device_of(query)
     dealt = deal_for(device, query, kv, scores, split_tokens)
-    batch, jobs = query.shape[0], max(1, dealt.jobs)
-    rows, value_dim = tile_of(device, query, kv)[1], kv.value.shape[3]
-    places = batch * jobs * dealt.most if dealt.fixed else 2 * dealt.programs
+    places, rows, value_dim = _part_shape(device, query, kv, dealt)
     if one_launch is None:
-        parts = dealt.most if dealt.fixed else dealt.programs // max(1, batch * jobs) + 2
+        jobs = max(1, query.shape[0] * dealt.jobs)
+        parts = dealt.most if dealt.fixed else dealt.programs // jobs + 2
         one_launch = rows <= 16 and parts * rows * value_dim * 4 <= 256 << 10
     return Workspace(
         query.new_empty((places, rows, value_dim), dtype=torch.float32),
         query.new_empty((places, 2, rows), dtype=torch.float32),
         query.new_zeros((places // 2 + 1,), dtype=torch.int32) if one_launch else None,
     )
+
+
+def check_workspace(workspace: Workspace, query: Tensor, kv: KV, dealt: Deal) -> None:
+    """Raise ValueError unless all parts of a call that is ``dealt`` out so fit in."""
+    places, rows, value_dim = _part_shape(device_of(query), query, kv, dealt)
+    for name, shape, dtype in (
+        ("partials", (places, rows, value_dim), torch.float32),
+        ("tops", (places, 2, rows), torch.float32),
+        ("arrived", (places // 2 + 1,), torch.int32),
+    ):
+        held: Tensor | None = getattr(workspace, name)
+        if held is None and name == "arrived":
+            continue
+        if (
+            held is None
+            or held.dim() != len(shape)
+            or held.shape[0] < shape[0]
+            or held.shape[1:] != shape[1:]
+            or held.dtype != dtype
+            or held.device != query.device
+            or not held.is_contiguous()
+        ):
+            found = None if held is None else f"{held.dtype} {tuple(held.shape)} on {held.device}"
+            raise ValueError(
+                f"workspace.{name} is {found}: must be contiguous {dtype} {shape}, or more of the "
+                f"first, on {query.device}; pass workspace_for(...) of this call's query, kv, "
+                "scores and split_tokens"
+            )
+
+
+def _part_shape(device: Device, query: Tensor, kv: KV, dealt: Deal) -> tuple[int, int, int]:
+    """Parts that a call writes at most, and rows and columns of each."""
+    jobs = query.shape[0] * max(1, dealt.jobs)
+    places = jobs * dealt.most if dealt.fixed else 2 * dealt.programs
+    return places, tile_of(device, query, kv)[1], kv.value.shape[3]
 
 
 def tile_of(device: Device, query: Tensor, kv: KV) -> tuple[Tile, int]:

@@ -10,6 +10,8 @@ tile (several from 65 or 33 on), so that each row of K and V is read once. The k
 programs on the device (`vattn.kernels.splits`): grid and workspace depend on shapes and the device
 alone (`vattn.kernels.deals`), and a captured CUDA graph serves any lengths. Parts of a result are
 joined in the order of their keys, never by who comes first: the same call gives the same bits.
+Lengths and starts must not change while a launch runs, since each program deals the work out
+anew; a workspace serves one stream (`vattn.kernels.deals.Workspace`).
 
 Mapped must be, of sequence b, rows [starts, lengths) that a query sees: with a window, the rows
 between the sinks and the window are not read. Bytes moved: these rows of K and V once, query and
@@ -25,13 +27,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vattn.kernels.deals import MOST_BLOCK, Workspace, deal_for, padded, tile_of, workspace_for
+from vattn.kernels.deals import (
+    MOST_BLOCK,
+    Workspace,
+    check_workspace,
+    deal_for,
+    padded,
+    tile_of,
+    workspace_for,
+)
 from vattn.kernels.gpu import Device, current, device_of, precision
-from vattn.kernels.kv import KV
+from vattn.kernels.kv import KV, scale_stride
 from vattn.kernels.online import stored
 from vattn.kernels.pairs import pairs_of
 from vattn.kernels.parts import ELEMENTS, finish, join, join_elements, keep
-from vattn.kernels.scores import Scores
+from vattn.kernels.scores import CAUSAL, MOST_WINDOW, Scores
 from vattn.kernels.splits import (
     Deal,
     begin_of,
@@ -46,9 +56,8 @@ from vattn.kernels.splits import (
 from vattn.kernels.walk import walk
 
 MOST_TOKENS = 16
-CAUSAL = {None: 0, "top_left": 1, "bottom_right": 2}
-# A window or a sink beyond this is one without end: positions stay int32.
-MOST_WINDOW = 1 << 30
+# What a compiled kernel need not know: a new number must not stall a step that serves.
+COUNTS = ["batch", "reserved", "tokens", "least", "most", "window", "sink_tokens"]
 
 
 def decode(
@@ -76,7 +85,6 @@ def decode_lse(
     split_tokens: int | None = None,
     out: Tensor | None = None,
     workspace: Workspace | None = None,
-    tops: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a few last tokens: (out [B, Hq, L, Dv], lse [B, Hq, L]).
 
@@ -89,39 +97,38 @@ def decode_lse(
             result then do not depend on the other sequences. None: cut where it balances.
         out: where the result goes, of query's dtype or float32; None: new, with the strides of a
             query of Dv elements.
-        tops: float32 [2, B, Hq, L], contiguous: the maximum of the scores in units of log2 goes to
-            tops[0], the sum of exp2(score - maximum) to tops[1]; the log-sum-exp of both is lse.
-        workspace: of `workspace_for`; None: new, and a second launch joins the parts.
+        workspace: of `workspace_for` with the same query, kv, scores and split_tokens; None: new,
+            and a second launch joins the parts.
 
     Raises:
         ValueError: shapes, dtypes or devices break the contract.
     """
-    scores = Scores() if scores is None else scores
+    kv, scores = kv.dense(), Scores() if scores is None else scores.dense()
     _check(query, kv, scores, tree)
     device = device_of(query)
     if split_tokens is not None and (split_tokens < 1 or split_tokens % MOST_BLOCK):
         raise ValueError(f"split_tokens={split_tokens}: must be a multiple of {MOST_BLOCK}")
     out = _out(query, kv.value.shape[3]) if out is None else out
     _check_out(out, query, kv)
-    if tops is not None:
-        _check_tops(tops, query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
     dealt = deal_for(device, query, kv, scores, split_tokens)
     if workspace is None:
         workspace = workspace_for(query, kv, scores, split_tokens=split_tokens, one_launch=False)
+    else:
+        check_workspace(workspace, query, kv, dealt)
     with current(query):
-        _launch(query, kv, scores, tree, (out, lse, tops), dealt, workspace)
+        _launch(query, kv, scores, tree, (out, lse), dealt, workspace)
     return out, lse
 
 
 # ---- the kernel ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _decode(
-    query, key, value, out, lse, ends, partials, tops, arrived, lengths, starts, slots,
+    query, key, value, out, lse, partials, tops, arrived, lengths, starts, slots,
     key_scale, value_scale, alibi, sink_logits, tree,
     query_b, query_h, query_l, key_n, key_h, value_n, value_h, out_b, out_h, out_l,
     value_scale_h, key_scale_h, alibi_b, tree_b,
@@ -134,9 +141,7 @@ def _decode(
 ):  # fmt: skip
     FIXED: tl.constexpr = RULE[3]
     sequences = (batch, HEADS * ROW_TILES, lengths, starts, reserved, tokens, window, sink_tokens)
-    results = (
-        out, lse, ends, value_scale, sink_logits, out_b, out_h, out_l, value_scale_h, tokens, batch
-    )  # fmt: skip
+    results = (out, lse, value_scale, sink_logits, out_b, out_h, out_l, value_scale_h, tokens)
     dealt = deal(tl.num_programs(0), least, sequences, RULE)
     program = tl.program_id(0)
     if program >= dealt[0]:
@@ -209,11 +214,11 @@ def _launch(
     kv: KV,
     scores: Scores,
     tree: Tensor | None,
-    results: tuple[Tensor, Tensor, Tensor | None],
+    results: tuple[Tensor, Tensor],
     dealt: Deal,
     workspace: Workspace,
 ) -> None:
-    out, lse, ends = results
+    out, lse = results
     device = device_of(query)
     tile, rows = tile_of(device, query, kv)
     batch, heads, tokens, dim = query.shape
@@ -234,14 +239,14 @@ def _launch(
         "ELEMENTS": min(ELEMENTS // each, triton.next_power_of_2(rows * value_dim)),
         "RULE": rule,
     }
-    strides = (*out.stride()[:3], _step(kv.value_scale))
+    strides = (*out.stride()[:3], scale_stride(kv.value_scale))
     _decode[(dealt.programs,)](
-        query, key, value, out, lse, ends,
+        query, key, value, out, lse,
         workspace.partials, workspace.tops, workspace.arrived,
         kv.lengths, kv.starts, kv.slots, kv.key_scale, kv.value_scale,
         scores.alibi, scores.sink_logits, None if tree is None else tree.view(torch.uint8),
         *query.stride()[:3], *key.stride()[:2], *value.stride()[:2], *strides,
-        _step(kv.key_scale),
+        scale_stride(kv.key_scale),
         scores.alibi.stride(0) if scores.alibi is not None and scores.alibi.dim() == 2 else 0,
         tree.stride(0) if tree is not None and tree.dim() == 3 else 0,
         batch, reserved, tokens, dealt.least, dealt.most,
@@ -256,7 +261,7 @@ def _launch(
     if workspace.arrived is None and most_pieces > 1:
         chunks = -(-rows * value_dim // shared["ELEMENTS"])
         join[(batch * dealt.jobs * chunks,)](
-            workspace.partials, workspace.tops, out, lse, ends, kv.lengths, kv.starts,
+            workspace.partials, workspace.tops, out, lse, kv.lengths, kv.starts,
             kv.value_scale, scores.sink_logits, *strides,
             batch, reserved, tokens, window, sink_tokens, dealt.programs, dealt.least, dealt.most,
             num_warps=4, **shared,
@@ -270,10 +275,6 @@ def _held(device: Device, query: Tensor, kv: KV) -> tuple[tuple[str | None, str]
         return (pairs[0], ""), *pairs[1:]
     single, (key, value) = stored(device, kv.key, kv.value)
     return (None, single), key, value
-
-
-def _step(scale: Tensor | None) -> int:
-    return 1 if scale is not None and scale.shape[0] > 1 else 0
 
 
 def _out(query: Tensor, value_dim: int) -> Tensor:
@@ -291,16 +292,6 @@ def _check_out(out: Tensor, query: Tensor, kv: KV) -> None:
         raise ValueError(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device} with strides {out.stride()}: "
             f"must be {query.dtype} or float32 {shape} on {query.device}, its last stride 1"
-        )
-
-
-def _check_tops(tops: Tensor, query: Tensor) -> None:
-    shape = (2, *query.shape[:3])
-    right = tops.dtype == torch.float32 and tops.device == query.device
-    if tuple(tops.shape) != shape or not right or not tops.is_contiguous():
-        raise ValueError(
-            f"tops is {tops.dtype} {tuple(tops.shape)} on {tops.device} with strides "
-            f"{tops.stride()}: must be contiguous float32 {shape} on {query.device}"
         )
 
 

@@ -10,7 +10,7 @@ they change: no kernel, grid or workspace depends on their values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,13 +21,18 @@ DTYPES = (*HALF, torch.float32)
 MOST_DIM = 256
 
 
+def scale_stride(scale: Tensor | None) -> int:
+    """From a KV head's scale to the next; 0 where one is for all."""
+    return 0 if scale is None or scale.shape[0] == 1 else scale.stride(0)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class KV:
     """Where K and V lie.
 
     Args:
         key, value: [N, Hkv, S, D] and [N, Hkv, S, Dv], elements of a row side by side; bfloat16,
-            float16, float32, float8_e4m3fn or float8_e5m2.
+            float16, float32, float8_e4m3fn or float8_e5m2. The other tensors have any strides.
         lengths: [B] int32 or int64, rows that sequence b holds, at most S; None: S each.
         starts: [B] int32 or int64, the first of these that may still be read; None: 0.
         slots: [B] int32 or int64, which of N sequence b is; None: b itself, and B = N.
@@ -120,6 +125,16 @@ class KV:
     def _check_device(self, name: str, tensor: Tensor) -> None:
         if tensor.device != self.key.device:
             raise ValueError(f"{name} is on {tensor.device} and key on {self.key.device}")
+
+    def dense(self) -> KV:
+        """The same K and V with counts and scales whose elements lie side by side, as kernels read
+        them: itself if they do. Copies are made on the device, in a captured graph as well."""
+        strided = {
+            name: tensor.contiguous()
+            for name in ("lengths", "starts", "slots", "key_scale", "value_scale")
+            if (tensor := getattr(self, name)) is not None and not tensor.is_contiguous()
+        }
+        return replace(self, **strided) if strided else self
 
     def check_query(self, query: Tensor) -> None:
         """Raise ValueError unless ``query`` [..., Hq, L, D] (or packed [T, Hq, D]) suits K."""

@@ -38,6 +38,25 @@ def stored(device: Device, *tensors: Tensor) -> tuple[str, list[Tensor]]:
 
 
 @triton.jit
+def rows_before(base, n, limit, ROW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows ``n`` < ``limit`` from ``base`` on; zeros for others."""
+    d = tl.arange(0, BLOCK_D)
+    inside = (n < limit)[:, None] & (d < D)[None, :]
+    return tl.load(base + n.to(tl.int64)[:, None] * ROW + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def whole_rows(base, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """N rows from ``base`` on."""
+    n = tl.arange(0, N).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    at = base + n[:, None] * ROW + d[None, :]
+    if D == BLOCK_D:
+        return tl.load(at)
+    return tl.load(at, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32; PRECISION "ieee" or "tf32" is for float32 alone."""
     if INTERPRETED:

@@ -80,17 +80,16 @@ def finish(
 ):  # fmt: skip
     """Write elements ``d`` of result rows ``row`` (= l * GROUPS + g) of a KV head, and the rows'
     log-sum-exp where ``once``. Shapes are any that go together."""
-    out, lse, ends, value_scale, sink_logits, out_b, out_h, out_l, value_scale_h, tokens, batch = (
-        results
-    )
+    out, lse, value_scale, sink_logits, out_b, out_h, out_l, value_scale_h, tokens = results
     token = row // GROUPS
     query_head = head * GROUPS + row % GROUPS
     there = token < tokens
     if sink_logits is not None:
         sink = tl.load(sink_logits + query_head, mask=there, other=0.0) * LOG2E
         m_new = tl.maximum(m, sink)
-        alpha = tl.exp2(m - m_new)
-        total = total * alpha + tl.exp2(sink - m_new)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m - shift)
+        total = total * alpha + tl.exp2(sink - shift)
         acc = acc * alpha
         m = m_new
     whole = tl.where(total == 0.0, 1.0, total)
@@ -101,17 +100,24 @@ def finish(
     logs = m * LN2 + tl.log(whole)
     line = (here * HEADS * GROUPS + query_head) * tokens + token
     tl.store(lse + line, logs, mask=there & once)
-    if ends is not None:
-        rows = (here * 0 + batch) * tokens * (HEADS * GROUPS)  # in int64
-        tl.store(ends + line, m, mask=there & once)
-        tl.store(ends + rows + line, total, mask=there & once)
     at = out + here * out_b + query_head.to(tl.int64) * out_h + token * out_l + d
     tl.store(at, result.to(out.dtype.element_ty), mask=there & inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "reserved",
+        "tokens",
+        "window",
+        "sink_tokens",
+        "programs",
+        "least",
+        "most",
+    ]
+)
 def join(
-    partials, tops, out, lse, ends, lengths, starts, value_scale, sink_logits,
+    partials, tops, out, lse, lengths, starts, value_scale, sink_logits,
     out_b, out_h, out_l, value_scale_h,
     batch, reserved, tokens, window, sink_tokens, programs, least, most,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, ROW_TILES: tl.constexpr, ROWS: tl.constexpr,
@@ -119,9 +125,7 @@ def join(
 ):  # fmt: skip
     """Join the parts of ELEMENTS results of a job that has several; leave others alone."""
     sequences = (batch, HEADS * ROW_TILES, lengths, starts, reserved, tokens, window, sink_tokens)
-    results = (
-        out, lse, ends, value_scale, sink_logits, out_b, out_h, out_l, value_scale_h, tokens, batch
-    )  # fmt: skip
+    results = (out, lse, value_scale, sink_logits, out_b, out_h, out_l, value_scale_h, tokens)
     CHUNKS: tl.constexpr = (ROWS * DV + ELEMENTS - 1) // ELEMENTS
     index = tl.program_id(0) // CHUNKS
     sequence = index // (HEADS * ROW_TILES)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from vattn.kernels import gpu, mask_tiles
 from vattn.kernels.gpu import Device
-from vattn.kernels.kv import KV
+from vattn.kernels.kv import KV, scale_stride
 from vattn.kernels.mask_tiles import MaskTiles
 from vattn.kernels.online import stored
 from vattn.kernels.prefill_kernel import prefill_kernel
@@ -93,15 +93,10 @@ def prefill_lse(
     tile: Tile | None = None,
     find_tiles: bool | None = None,
     out: Tensor | None = None,
-    tops: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`prefill` and the log-sum-exp, float32 [B, Hq, L] or [T, Hq].
-
-    ``tops``, float32 [2, B, Hq, L] or [2, T, Hq] and contiguous, is filled with the terms of the
-    log-sum-exp: m, the largest score of a row in units of log2, and the total, the sum of exp2(s -
-    m). Their sum rounds the total away where scores are large: `backward` is exact with the two.
-    """
+    """`prefill` and the log-sum-exp, float32 [B, Hq, L] or [T, Hq]."""
     device = gpu.device_of(query)
+    kv, scores = kv.dense(), scores.dense()
     tokens = _tokens(query, kv, query_starts, most_tokens)
     scores.check(query, kv.batch)
     if mask is not None:
@@ -109,12 +104,11 @@ def prefill_lse(
         mask = mask_tiles.four_dim(mask, query.dtype, shape)
     out = _out(query, kv.value.shape[3]) if out is None else _checked_out(out, query, kv)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    if tops is not None:
-        _check_tops(tops, lse)
     if lse.numel() and tokens:
         with gpu.current(query):
-            plan = _plan(device, query, kv, scores, query_starts, tokens, mask, tile, find_tiles)
-            _launch(device, query, kv, scores, plan, out, lse, tops)
+            starts = None if query_starts is None else query_starts.contiguous()
+            plan = _plan(device, query, kv, scores, starts, tokens, mask, tile, find_tiles)
+            _launch(device, query, kv, scores, plan, out, lse)
     return out, lse
 
 
@@ -218,19 +212,6 @@ def _checked_out(out: Tensor, query: Tensor, kv: KV) -> Tensor:
     return out
 
 
-def _check_tops(tops: Tensor, lse: Tensor) -> None:
-    if (
-        tops.shape != (2, *lse.shape)
-        or tops.dtype != torch.float32
-        or tops.device != lse.device
-        or not tops.is_contiguous()
-    ):
-        raise ValueError(
-            f"tops is {tops.dtype} {tuple(tops.shape)} on {tops.device}: must be float32 "
-            f"{(2, *lse.shape)} on {lse.device}, and contiguous"
-        )
-
-
 def _launch(
     device: Device,
     query: Tensor,
@@ -239,7 +220,6 @@ def _launch(
     plan: _Plan,
     out: Tensor,
     lse: Tensor,
-    tops: Tensor | None,
 ) -> None:
     """Launch for checked arguments."""
     batch, heads, pack, tile = kv.batch, query.shape[1] // plan.pack, plan.pack, plan.tile
@@ -250,21 +230,20 @@ def _launch(
     mask, found = plan.mask, plan.found
     tables = (None, None, None) if found is None else (found.states, found.before, found.order)
     m_strides = (0, 0, 0, 0) if mask is None else mask.stride()
-    alibi = None if scores.alibi is None else scores.alibi.contiguous()
-    sinks = None if scores.sink_logits is None else scores.sink_logits.contiguous()
+    alibi = scores.alibi
     factor = scores.factor(dim)
     # A scale on the device may be negative for all that the host knows.
     linear = factor >= 0 and alibi is None and scores.softcap is None and kv.key_scale is None
     bits, (key, value) = stored(device, kv.key, kv.value)
     prefill_kernel[(batch * heads * plan.lines,)](
-        query, key, value, out, lse, tops, plan.starts, kv.lengths, kv.starts, kv.slots,
-        kv.key_scale, kv.value_scale, alibi, sinks, mask, *tables,
+        query, key, value, out, lse, plan.starts, kv.lengths, kv.starts, kv.slots,
+        kv.key_scale, kv.value_scale, alibi, scores.sink_logits, mask, *tables,
         *_strides(query), *key.stride()[:3], *value.stride()[:3],
         *_strides(out), *_strides(lse[..., None]), *m_strides,
-        _scale_stride(kv.key_scale), _scale_stride(kv.value_scale),
+        scale_stride(kv.key_scale), scale_stride(kv.value_scale),
         alibi.shape[1] if alibi is not None and alibi.dim() == 2 else 0,
         *((0, 0, 0) if found is None else found.steps),
-        plan.tokens, keys, plan.key_tiles, plan.lines, section, batch * heads, heads, lse.numel(),
+        plan.tokens, keys, plan.key_tiles, plan.lines, section, batch * heads, heads,
         factor, scores.softcap or 0.0, scores.window or 0, scores.sink_tokens,
         D=dim,
         DV=value_dim,
@@ -293,8 +272,3 @@ def _strides(rows: Tensor) -> tuple[int, int, int]:
     if rows.dim() == 4:
         return rows.stride(0), rows.stride(1), rows.stride(2)
     return 0, rows.stride(1), rows.stride(0)
-
-
-def _scale_stride(scale: Tensor | None) -> int:
-    """From a KV head's scale to the next; 0 where one is for all."""
-    return 0 if scale is None or scale.shape[0] == 1 else scale.stride(0)

@@ -256,6 +256,7 @@ def _no_device(query: Tensor) -> str | None:
 def _attend(
     query: Tensor, kv: KV, scores: Scores, tile: Tile | None, out: Tensor | None, lse: Tensor | None
 ) -> Tensor:
+    kv, scores = kv.dense(), scores.dense()
     kv.check_query(query)
     scores.check(query, kv.batch)
     why = why_not(query, kv, scores)

@@ -19,7 +19,6 @@ SIZES = [
     "q_tiles",
     "section",
     "batch_heads",
-    "all_rows",
     "window",
     "sink_tokens",
 ]
@@ -79,11 +78,11 @@ def _masked(s, cells, there, BOOL: tl.constexpr):
 # fmt: off
 @triton.jit(do_not_specialize=SIZES)
 def prefill_kernel(
-    query, key, value, out, lse, tops, query_starts, lengths, starts, slots,
+    query, key, value, out, lse, query_starts, lengths, starts, slots,
     key_scale, value_scale, alibi, sink_logits, mask, states, before, order,
     q_b, q_h, q_l, k_n, k_h, k_s, v_n, v_h, v_s, o_b, o_h, o_l, e_b, e_h, e_l,
     m_b, m_h, m_l, m_s, ks_h, vs_h, a_b, t_b, t_h, t_l,
-    tokens, keys, tiles, q_tiles, section, batch_heads, heads, all_rows,
+    tokens, keys, tiles, q_tiles, section, batch_heads, heads,
     scale, softcap, window, sink_tokens,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PACK: tl.constexpr, SHARED: tl.constexpr,
@@ -102,8 +101,6 @@ def prefill_kernel(
         query += begin.to(tl.int64) * q_l
         out += begin.to(tl.int64) * o_l
         lse += begin.to(tl.int64) * e_l
-        if tops is not None:
-            tops += begin.to(tl.int64) * e_l
     if tile * ROWS >= tokens * PACK:
         return
     length = keys if lengths is None else tl.load(lengths + b).to(tl.int32)
@@ -210,6 +207,3 @@ def prefill_kernel(
     tl.store(cells, result.to(out.dtype.element_ty), mask=stored)
     rows = base * e_b + head_wide * e_h + wide * e_l
     tl.store(lse + rows, natural, mask=live)
-    if tops is not None:
-        tl.store(tops + rows, m, mask=live)
-        tl.store(tops + all_rows + rows, total, mask=live)

@@ -16,7 +16,7 @@ that a kernel returns includes the sink's score; it is the log of the weights' d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Literal
 
@@ -25,6 +25,10 @@ from torch import Tensor
 
 Causal = Literal["top_left", "bottom_right"]
 LOG2E = 1.4426950408889634
+# How kernels are told about causality.
+CAUSAL = {None: 0, "top_left": 1, "bottom_right": 2}
+# A window or a sink beyond this is one without end: positions stay int32.
+MOST_WINDOW = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +81,15 @@ class Scores:
     def factor(self, dim: int) -> float:
         """The scale of rows of ``dim`` elements."""
         return dim**-0.5 if self.scale is None else float(self.scale)
+
+    def dense(self) -> Scores:
+        """The same with slopes and sinks whose elements lie side by side: itself if they do."""
+        strided = {
+            name: tensor.contiguous()
+            for name in ("alibi", "sink_logits")
+            if (tensor := getattr(self, name)) is not None and not tensor.is_contiguous()
+        }
+        return replace(self, **strided) if strided else self
 
     def check(self, query: Tensor, batch: int) -> None:
         """Raise ValueError unless slopes and sinks suit the query's heads and device."""

@@ -12,7 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vattn.kernels.online import LOG2E, dot, scored, visible, weigh, weigh_whole, widen
+from vattn.kernels.online import (
+    LOG2E,
+    dot,
+    rows_before,
+    scored,
+    visible,
+    weigh,
+    weigh_whole,
+    whole_rows,
+    widen,
+)
 from vattn.kernels.pairs import halves
 from vattn.kernels.splits import extent, rows_of
 
@@ -33,25 +43,6 @@ def _query(
         + d[None, :]
     )
     return tl.load(at, mask=(token < tokens)[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _rows(base, n, limit, ROW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows ``n`` < ``limit`` from ``base`` on; zeros for others."""
-    d = tl.arange(0, BLOCK_D)
-    inside = (n < limit)[:, None] & (d < D)[None, :]
-    return tl.load(base + n.to(tl.int64)[:, None] * ROW + d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _whole_rows(base, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """N rows from ``base`` on."""
-    n = tl.arange(0, N).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    at = base + n[:, None] * ROW + d[None, :]
-    if D == BLOCK_D:
-        return tl.load(at)
-    return tl.load(at, mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -194,7 +185,7 @@ def walk(
         if WINDOW:
             j = tl.where(at_tile < sinks, start + at_tile * BLOCK + n, j)
             limit = tl.where(at_tile < sinks, sink_end, high)
-        k = _rows(keys, j, limit, KEY_ROW, WIDTH, BLOCK_D)
+        k = rows_before(keys, j, limit, KEY_ROW, WIDTH, BLOCK_D)
         s = _products(q, odd, k, zeros, PRECISION, PAIRS, WIDEN)
         s = scored(s, factor[:, None], softcap, SOFTCAP)
         s = _slanted(s, slope, position, j, alibi is not None)
@@ -208,7 +199,7 @@ def walk(
             leaf = tree + sequence * tree_b + (token[:, None] * tokens + nth[None, :])
             among = (nth >= 0)[None, :] & seen & (token < tokens)[:, None]
             seen = seen & (tl.load(leaf, mask=among, other=1) != 0)
-        v = _rows(values, j, limit, VALUE_ROW, WIDTH_V, BLOCK_V)
+        v = rows_before(values, j, limit, VALUE_ROW, WIDTH_V, BLOCK_V)
         m, alpha, p = weigh(tl.where(seen, s, float("-inf")), m)
         total = total * alpha + tl.sum(p, 1)
         acc, acc_odd = _added(p, v, alpha, acc, acc_odd, q.dtype, PRECISION, PAIRS, WIDEN)
@@ -221,12 +212,12 @@ def walk(
     if not PLAIN:
         by = tl.full([mine.shape[0]], 1.0, tl.float32)
     for i in tl.range(clear, clear_end, num_stages=STAGES):
-        k = _whole_rows(keys, KEY_ROW, BLOCK, WIDTH, BLOCK_D)
+        k = whole_rows(keys, KEY_ROW, BLOCK, WIDTH, BLOCK_D)
         s = _products(q, odd, k, zeros, PRECISION, PAIRS, WIDEN)
         if not PLAIN:
             s = scored(s, factor[:, None], softcap, SOFTCAP)
             s = _slanted(s, slope, position, low + (i - sinks) * BLOCK + n, alibi is not None)
-        v = _whole_rows(values, VALUE_ROW, BLOCK, WIDTH_V, BLOCK_V)
+        v = whole_rows(values, VALUE_ROW, BLOCK, WIDTH_V, BLOCK_V)
         m, alpha, p = weigh_whole(s, by, m)
         sums = sums * alpha[:, None] + p
         acc, acc_odd = _added(p, v, alpha, acc, acc_odd, q.dtype, PRECISION, PAIRS, WIDEN)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from vattn.kernels.scores import Scores, reference
 
 # So few processors that most programs have work, and that an interpreted launch is short.
 SMALL = Device(80, 2, 163 << 10)
+LINES = ("lengths", "starts", "slots", "key_scale", "value_scale", "alibi", "sink_logits")
+Part = TypeVar("Part", KV, Scores)
 
 
 @dataclass
@@ -69,6 +72,34 @@ class Case:
             live = slice(self.starts[b] if self.starts else 0, self.lengths[b])
             base[slot, :, live] = torch.randn_like(base[slot, :, live])
         return base.to(self.dtype).to(self.place)
+
+
+def spread(part: Part, form: str) -> Part:
+    """``part`` with lines whose elements lie two apart ("strided"), among zeros, or whose first
+    element stands for all ("expanded")."""
+    changed = {}
+    for name in LINES:
+        line = getattr(part, name, None)
+        if line is None:
+            continue
+        if form == "strided":
+            changed[name] = torch.stack([line, torch.zeros_like(line)], -1)[..., 0]
+        else:
+            changed[name] = line[..., :1].expand(line.shape)
+        assert not changed[name].is_contiguous()
+    return replace(part, **changed)
+
+
+def plain(part: Part) -> Part:
+    """``part`` with lines whose elements lie side by side."""
+    lines = {name: getattr(part, name, None) for name in LINES}
+    return replace(part, **{k: line.contiguous() for k, line in lines.items() if line is not None})
+
+
+def scaled(kv: KV, place: str) -> KV:
+    """``kv`` with a scale for each head."""
+    scales = (torch.rand(kv.key.shape[1], device=place) + 0.5 for _ in range(2))
+    return replace(kv, key_scale=next(scales), value_scale=next(scales))
 
 
 def exact(

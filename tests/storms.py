@@ -38,6 +38,10 @@ class EmulatedDevice:
     def fail(self, n: int) -> None:
         self.emulator.fail(n, UNKNOWN)
 
+    @property
+    def failing(self) -> bool:
+        return self.emulator.failing
+
     def injected(self, error: DriverError) -> bool:
         return error.code == UNKNOWN
 

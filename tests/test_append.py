@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import triton
@@ -12,8 +14,8 @@ from tests.guard import outcome
 from tests.places import PLACES
 from vattn.cache import KVCache
 from vattn.kernels.append import append, reference, tile
-from vattn.kernels.gpu import A100, B200, H100
-from vattn.kernels.kv import KV
+from vattn.kernels.gpu import A100, B200, H100, interpreted
+from vattn.kernels.kv import DTYPES, KV
 
 HEADS, LAYERS = 3, 2
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -180,6 +182,37 @@ def test_rows_of_8_bits_are_copied_as_they_are(place, dtype):
     assert_as_defined(make, new[0], new[1], [5])
 
 
+@pytest.mark.parametrize(
+    ("source", "dtype"), [pair for pair in product(DTYPES, DTYPES) if pair[0] != pair[1]], ids=str
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy, of what becomes infinity
+def test_rows_of_another_dtype_are_cast(place, source, dtype):
+    """Over all magnitudes: numbers too small for all bits of a float16, and too large for one."""
+
+    def make() -> tuple[KV, Tensor]:
+        data = storage("token_major", 2, 12, 16, dtype, place)
+        return KV(data[0, 0], data[1, 1], ints(place, 3, 0)), data
+
+    new = normal(11, 2, 2, HEADS, 8, 16) * torch.exp2(normal(12, 2, 2, HEADS, 8, 16) * 8)
+    if dtype == torch.bfloat16 and place == "cpu" and interpreted():
+        new = new.to(dtype).float()  # the interpreter cuts bits off where a device rounds
+    new = new.to(source).to(place)
+    assert_as_defined(make, new[0], new[1], [3, 0])
+
+
+def test_scales_of_any_strides(place):
+    """One for all heads by a stride of 0, and a column of a table."""
+    table = torch.tensor([[0.37, 9.0], [2.0, 9.0], [8.0, 9.0]], device=place)
+
+    def make() -> tuple[KV, Tensor]:
+        data = storage("token_major", 1, 9, 16, FP8[0], place)
+        scales = {"key_scale": table[:, 0], "value_scale": table[0, :1].expand(HEADS)}
+        return KV(data[0, 0], data[1, 1], ints(place, 2), **scales), data
+
+    new = normal(13, 2, 1, HEADS, 4, 16, place=place)
+    assert_as_defined(make, new[0], new[1], [2])
+
+
 def test_nothing_to_append(place):
     data = storage("head_major", 2, 4, 8, torch.float32, place)
     kv = KV(data[0, 0], data[1, 0], ints(place, 1, 4))
@@ -247,7 +280,8 @@ def refusals():
     yield r"new_value is \(2, 3, 2, 8\)", (new, new.expand(2, HEADS, 2, 8), kv), {}
     yield r"must be \[tokens, KV heads, D\]", (new, new, kv), packed
     yield r"must be \[B, KV heads, tokens, D\]", (flat, flat, kv), {}
-    yield "new_key is torch.float16 and the cache torch.float32", (new.half(), new.half(), kv), {}
+    bits = new.to(FP8[0])
+    yield "new_key is torch.float8_e4m3fn and the cache torch.float32", (bits, bits, kv), {}
     yield "new_value is torch.float16", (new, new.half(), eight), {}
     yield "new_key is torch.float64", (new.double(), new.double(), eight), {}
     yield "stride 2", (torch.zeros(2, HEADS, 1, 16)[..., ::2], new, kv), {}

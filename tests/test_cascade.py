@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.attention import fresh_seed, tolerance
 from tests.caches import layout_of, rows
+from tests.decoding import plain, spread
 from tests.guard import outcome
 from tests.places import PLACES
 from vattn.cache import KVCache
@@ -128,6 +129,24 @@ def assert_exact(out: Tensor, lse: Tensor, query: Tensor, kv: KV, scores: Scores
     assert error <= tolerance(right, query.dtype, kv.key.shape[2]), error
     gap = (lse.double() - right_lse).abs().max().item()
     assert gap <= tolerance(right_lse, torch.float32, query.shape[3]), gap
+
+
+@pytest.mark.parametrize("form", ["strided", "expanded"])
+@pytest.mark.parametrize("place", PLACES)
+def test_strides_of_counts_and_scores_do_not_matter(form: str, place: str) -> None:
+    case = Case(
+        lengths=[70, 66, 68], groups=[((0, 2, 1), 0, 60)], starts=[3, 0, 1], slots=[2, 0, 1],
+        alibi=True, sink_logits=True,
+    )  # fmt: skip
+    query, _, kv, scores = case.make(place)
+    scales = {name: torch.rand(2, device=place) + 0.5 for name in ("key_scale", "value_scale")}
+    kv, scores = replace(kv, **scales), replace(scores, alibi=torch.rand(3, 4, device=place))
+    spread_kv, spread_scores = spread(kv, form), spread(scores, form)
+    prefixes = levels(case.groups, place)
+    wanted = cascade_lse(query, plain(spread_kv), prefixes, plain(spread_scores))
+    found = cascade_lse(query, spread_kv, prefixes, spread_scores)
+    assert wanted[0].isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 BOTTOM = {"causal": "bottom_right"}
@@ -308,6 +327,9 @@ def test_levels_hold_each_sequence_once():
     assert [level.begins.tolist() for level in made] == [[0, 0], [9, 5]]
     assert [level.ends.tolist() for level in made] == [[9, 5], [20, 6]]
     assert [(level.most_members, level.most_tokens) for level in made] == [(3, 9), (2, 11)]
+    lines = [getattr(level, name) for level in made for name in ("members", "firsts", "ends")]
+    assert len({line.untyped_storage().data_ptr() for line in lines}) == 1  # one copy
+    assert all(line.storage_offset() % 4 == 0 for line in lines)  # 16 bytes
     assert levels([], "cpu") == []
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import mmap
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.attention import fresh_seed
-from tests.decoding import SMALL, Case, assert_close
+from tests.decoding import SMALL, Case, assert_close, plain, scaled, spread
 from tests.guard import PAGE, allow, fenced, outcome
 from tests.places import PLACES
-from vattn.kernels.deals import workspace_for
+from vattn.kernels.deals import Workspace, workspace_for
 from vattn.kernels.decode import decode, decode_lse
 from vattn.kernels.gpu import Device, pretend
 from vattn.kernels.kv import KV
@@ -162,19 +163,65 @@ def test_the_result_has_the_strides_of_the_query(place: str) -> None:
 
 @pytest.mark.parametrize("one_launch", [True, False])
 @pytest.mark.parametrize("place", PLACES)
-def test_maximum_and_sum_apart_are_the_log_sum_exp(one_launch: bool, place: str) -> None:
-    """A float32 result is not rounded; m and total are of the joined parts and of whole jobs."""
+def test_a_float32_result_is_not_rounded(one_launch: bool, place: str) -> None:
     case = Case([190, 0], tokens=2, dtype=torch.float16, sink_logits=True, place=place)
     query, kv, scores, _ = case.make()
-    tops = torch.full((2, 2, 4, 2), float("nan"), device=place)
     out = torch.full(query.shape, float("nan"), device=place)
     workspace = workspace_for(query, kv, scores, one_launch=one_launch)
-    found, lse = decode_lse(query, kv, scores, out=out, tops=tops, workspace=workspace)
-    torch.testing.assert_close((tops[0] + tops[1].log2()) * 0.6931471805599453, lse)
-    assert tops[1].ge(1).all()
+    found = decode(query, kv, scores, out=out, workspace=workspace)
     assert torch.equal(found.half(), decode(query, kv, scores, workspace=workspace))
-    with pytest.raises(ValueError, match=r"must be contiguous float32 \(2, 2, 4, 2\)"):
-        decode_lse(query, kv, scores, tops=tops[:1])
+
+
+def test_a_workspace_of_other_shapes_is_refused() -> None:
+    """Parts would go beyond its end."""
+    query, kv, scores, _ = Case(lengths=[199, 70]).make()
+    right = workspace_for(query, kv, one_launch=True)
+    for name, wrong in [
+        ("partials", right.partials[:-1]),
+        ("partials", right.partials.double()),
+        ("partials", right.partials.to("meta")),
+        ("partials", right.partials.mT),
+        ("tops", right.tops[:, :, :1]),
+        ("arrived", right.arrived[:-1]),
+        ("arrived", right.arrived.long()),
+    ]:
+        with pytest.raises(ValueError, match=rf"workspace\.{name} is torch.*pass workspace_for"):
+            decode(query, kv, workspace=replace(right, **{name: wrong}))
+    larger = Workspace(*(torch.cat([held, held]) for held in vars(right).values()))
+    assert_close(*decode_lse(query, kv, workspace=larger), query, kv, scores)
+    with pytest.raises(ValueError, match=r"workspace\.partials is"):
+        decode(query, kv, split_tokens=128, workspace=replace(right, partials=right.partials[:1]))
+
+
+def test_a_workspace_that_was_left_in_the_middle_is_cleared() -> None:
+    query, kv, scores, _ = Case(lengths=[199, 70]).make()
+    space = workspace_for(query, kv, one_launch=True)
+    space.arrived.fill_(1)
+    space.clear()
+    assert_close(*decode_lse(query, kv, workspace=space), query, kv, scores)
+    workspace_for(query, kv, one_launch=False).clear()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_sink_of_no_weight_and_no_key(place: str) -> None:
+    """-inf is no sink: an empty sequence is 0 with -inf then, and not NaN."""
+    query, kv, _, _ = Case(lengths=[0, 60], tokens=2, place=place).make()
+    sinks = torch.tensor([-float("inf"), 0.5, -float("inf"), 0.0], device=place)
+    scores = Scores(sink_logits=sinks)
+    assert_close(*decode_lse(query, kv, scores), query, kv, scores)
+
+
+@pytest.mark.parametrize("form", ["strided", "expanded"])
+@pytest.mark.parametrize("place", PLACES)
+def test_strides_of_counts_and_scores_do_not_matter(form: str, place: str) -> None:
+    query, kv, scores, _ = Case(
+        lengths=[90, 130], starts=[64, 3], slots=[2, 0], alibi=True, sink_logits=True, place=place
+    ).make()
+    kv, scores = scaled(kv, place), replace(scores, alibi=torch.rand(2, 4, device=place))
+    spread_kv, spread_scores = spread(kv, form), spread(scores, form)
+    wanted = decode_lse(query, plain(spread_kv), plain(spread_scores))
+    found = decode_lse(query, spread_kv, spread_scores)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 def test_offsets_beyond_two_to_the_31() -> None:

@@ -4,6 +4,7 @@ plain and meta tensors describe what no device is needed to decide.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vattn import explain, paths, paths_gpu, sdpa
+from vattn import device, explain, paths, paths_gpu, ragged_gpu, registry, rows, sdpa, sdpa_gpu
 from vattn.paths import NATIVE, TRITON
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,7 @@ def tensors(
 
 
 # ---- the table -----------------------------------------------------------------------------------
+FULL = {"kv_heads": 4, "length": 1}  # of 2 sequences: as many programs as processors
 ROWS: dict[str, tuple[dict[str, Any], str | None, bool, str, str | None]] = {
     # what, mask, causal, torch's kernel, reason of the row that takes it
     "dense prefill": ({"heads": 8, "kv_heads": 8, "length": 512}, None, False, "flash", None),
@@ -55,13 +57,17 @@ ROWS: dict[str, tuple[dict[str, Any], str | None, bool, str, str | None]] = {
     "16 queries": ({"length": 16, "tokens": 1 << 15}, None, False, "flash", paths_gpu.SPLIT),
     "masked, grouped": ({"length": 512}, "bool", False, "math", paths_gpu.MATH),
     "float mask, grouped": ({"length": 512}, "float", False, "math", paths_gpu.MATH),
-    "masked decode, grouped": ({"length": 1}, "bool", False, "math", paths_gpu.MATH),
+    "masked decode, grouped": ({**FULL, "heads": 8}, "bool", False, "math", paths_gpu.MATH),
+    "masked decode": ({**FULL, "length": 16}, "float", False, "efficient", paths_gpu.EFFICIENT),
+    "masked decode, idle": ({"length": 1}, "bool", False, "math", None),
+    "16 masked, idle": ({"heads": 2, "length": 16}, "float", False, "efficient", None),
+    "17 masked": ({"heads": 2, "length": 17}, "float", False, "efficient", paths_gpu.EFFICIENT),
     "masked": ({"heads": 2, "length": 512}, "bool", False, "efficient", paths_gpu.EFFICIENT),
     "causal, L < S": ({"heads": 2, "length": 4}, None, True, "efficient", paths_gpu.EFFICIENT),
     "causal, L > S": ({"heads": 2, "length": 600}, None, True, "efficient", paths_gpu.EFFICIENT),
     "causal decode, grouped": ({"length": 1}, None, True, "math", paths_gpu.MATH),
     "V is narrower": ({"heads": 2, "value_dim": 16}, None, False, "efficient", paths_gpu.EFFICIENT),
-    "an odd width, masked": ({"heads": 2, "dim": 13}, "bool", False, "math", paths_gpu.MATH),
+    "an odd width, masked": ({**FULL, "dim": 13}, "bool", False, "math", paths_gpu.MATH),
     "an odd width": ({"heads": 2, "dim": 13, "length": 600}, None, False, "flash", None),
     "float32": ({"heads": 2, "length": 512, "dtype": FP32}, None, False, "efficient", None),
     "float32, masked": ({"heads": 2, "dtype": FP32}, "bool", False, "efficient", None),
@@ -90,6 +96,43 @@ def test_each_row_takes_its_calls(name: str) -> None:
 def test_every_row_is_taken_by_some_call() -> None:
     assert {row.why for row in paths_gpu.TABLE} == {why for *_, why in ROWS.values() if why}
     assert all(set(row.dtypes) <= set(paths_gpu.DTYPES) for row in paths_gpu.TABLE)
+
+
+def test_the_constants_are_the_kernels_own() -> None:
+    from vattn.kernels import decode, gpu, kv, prefill_tiles
+
+    tiles = [
+        tile
+        for kind in prefill_tiles.TILES.values()
+        for each in kind.values()
+        for tile in each.values()
+    ]
+    tiles += prefill_tiles.FLOAT.values()
+    assert max(tile.rows for tile in tiles) == paths_gpu.MOST_ROWS
+    assert kv.MOST_DIM == paths_gpu.MOST_DIM == rows.MOST_DIM
+    assert decode.MOST_TOKENS == paths_gpu.FEW_QUERIES == sdpa_gpu.MOST_QUERIES
+    assert gpu.INTERPRETER.processors == paths_gpu.INTERPRETED_PROCESSORS
+    assert (kv.HALF, kv.FP8) == (ragged_gpu.HALF, ragged_gpu.FP8)
+    assert set(kv.DTYPES) == set(paths_gpu.DTYPES) == set(ragged_gpu.DTYPES)
+
+
+def test_few_masked_queries_are_tritons_where_they_fill_the_device() -> None:
+    """Programs are sequences x KV heads x tiles of 128 query rows of a KV head."""
+    for batch, kv_heads, groups, length, idle in [
+        (8, 1, 1, 1, False),
+        (7, 1, 1, 16, True),
+        (1, 8, 4, 1, False),
+        (1, 7, 4, 1, True),
+        (4, 1, 16, 16, False),  # two tiles each
+        (4, 1, 8, 16, True),
+    ]:
+        query = torch.empty(batch, kv_heads * groups, length, 64, dtype=BF16, device="meta")
+        key = torch.empty(batch, kv_heads, 4096, 64, dtype=BF16, device="meta")
+        keys = torch.empty(batch, 1, 1, 4096, dtype=torch.bool, device="meta")
+        call = paths_gpu.Call.of(query, key, key, keys, False)
+        assert call.idle is idle
+        assert (paths_gpu.chosen(call) is None) is idle
+        assert ("fewer programs" in paths_gpu.unlike(call)) is idle
 
 
 @pytest.mark.gpu
@@ -275,6 +318,21 @@ def test_transforms(transform: str) -> None:
     assert (found == [None]) is (transform == "vmap")
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_rule_is_traced(dynamic: bool) -> None:
+    """Numbers of processors and reasons of drivers are constants of a graph."""
+
+    def call(*given: Any) -> Tensor:
+        return given[0] + (1 if paths_gpu.path(*given, AS_IT_IS) == TRITON else -1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager", fullgraph=True, dynamic=dynamic)
+    for kv_heads, added in ((4, 1), (2, -1)):
+        given = tensors(heads=8, kv_heads=kv_heads, length=1, tokens=64, dtype=BF16)
+        given[3] = torch.ones(2, 1, 1, 64, dtype=torch.bool)
+        assert compiled(*given).unique().item() == added
+
+
 # ---- the device, and what users see --------------------------------------------------------------
 def test_a_device_without_triton_says_so() -> None:
     assert "Triton kernels need a CUDA device" in str(
@@ -293,6 +351,51 @@ def test_auto_and_explain_agree_with_the_table() -> None:
         assert choice.impl == paths_gpu.path(*given, options) == (TRITON if why else NATIVE)
         assert {choice.impl, *(n for n, _ in choice.others)} == {NATIVE, TRITON, *paths.IMPLS}
         assert all(reason for _, reason in choice.others)
+
+
+class Broken:
+    """What stands where triton's driver cannot start: whoever asks, compiles, and fails."""
+
+    asked = 0
+
+    def fail(self, _: Tensor) -> str | None:
+        self.asked += 1
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nand more")
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
+    from vattn.kernels import gpu
+
+    driver = Broken()
+    monkeypatch.setattr(gpu, "cannot_launch", driver.fail)
+    monkeypatch.setattr(device, "_failed", {})
+    return driver
+
+
+def test_a_driver_that_does_not_start_is_a_reason(broken: Broken) -> None:
+    """On the CPU where Triton is interpreted, as on a GPU; found out once."""
+    given, options = tensors(heads=16, kv_heads=4, length=1, tokens=2048, dtype=BF16), AS_IT_IS
+    words = "driver does not start .RuntimeError: Failed to find C compiler. Please specify via CC."
+    for _ in range(2):
+        assert paths_gpu.path(*given, options) == NATIVE
+        choice = paths_gpu.explained(*given, options)
+        assert choice.impl == NATIVE
+        assert re.search(words, str(choice))
+        with pytest.raises(paths.ImplError, match=words):
+            sdpa.scaled_dot_product_attention(*given, enable_gqa=True, impl=TRITON)
+    assert broken.asked == 1
+
+
+def test_a_call_that_the_table_leaves_to_torch_asks_no_driver(broken: Broken) -> None:
+    given = tensors(heads=8, kv_heads=8, length=512, tokens=512, dtype=BF16)
+    assert paths_gpu.path(*given, AS_IT_IS) == NATIVE
+    assert "measured" in paths_gpu.explained(*given, AS_IT_IS).reason
+    assert not registry.serves(*given[:3], AS_IT_IS)
+    assert not broken.asked
+    few = tensors(length=1, tokens=2048, dtype=BF16)
+    assert not registry.serves(*few[:3], AS_IT_IS)
+    assert broken.asked == 1
 
 
 def test_a_fake_cuda_call_is_torchs_and_is_looked_at_by_the_rule_of_gpus() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import mmap
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
-from math import log
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests import guard
+from tests.decoding import Case, plain, scaled, spread
 from tests.places import PLACES
 from tests.prefills import HALVES, SMALL, Sequences, agree, expected, rows
 from vattn.kernels import gpu
@@ -177,16 +178,31 @@ def test_strides_of_the_result(place: str, value_dim: int) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_terms(place: str) -> None:
-    """The maximum and the total give the log-sum-exp, and are exact where scores are huge."""
-    query, kv = rows(1, 2, 20, 16, place=place), KV(*(rows(1, 1, 40, 16, place=place),) * 2)
-    scores = Scores(scale=-1e4, causal="bottom_right")
-    tops = torch.full((2, 1, 2, 20), NAN, device=place)
-    _, lse = prefill_lse(query, kv, scores, tops=tops, tile=SMALL)
-    top, total = tops.double()
-    torch.testing.assert_close((top + total.log2()) * log(2), lse.double(), rtol=1e-6, atol=0)
-    assert (total >= 1.0).all()
-    assert (total[lse.abs() > 1e4] < 1.01).any()
+def test_a_sink_of_no_weight_and_no_key(place: str) -> None:
+    """-inf is no sink: an empty sequence is 0 with -inf then, and not NaN."""
+    query, lengths = rows(2, 2, 20, 16, place=place), torch.tensor([0, 40], device=place)
+    kv = KV(*(rows(2, 1, 40, 16, place=place) for _ in range(2)), lengths)
+    scores = Scores(sink_logits=torch.tensor([NOTHING, 0.5], device=place))
+    agree(prefill_lse(query, kv, scores, tile=SMALL), expected(query, kv, scores), kv)
+
+
+@pytest.mark.parametrize("form", ["strided", "expanded"])
+@pytest.mark.parametrize("place", PLACES)
+def test_strides_of_counts_and_scores_do_not_matter(form: str, place: str) -> None:
+    query, kv, scores, _ = Case(
+        lengths=[40, 50], starts=[30, 3], slots=[2, 0], tokens=20, reserved=60, dim=16, alibi=True,
+        sink_logits=True, place=place,
+    ).make()  # fmt: skip
+    kv, scores = scaled(kv, place), replace(scores, alibi=torch.rand(2, 4, device=place))
+    spread_kv, spread_scores = spread(kv, form), spread(scores, form)
+    wanted = prefill_lse(query, plain(spread_kv), plain(spread_scores), tile=SMALL)
+    found = prefill_lse(query, spread_kv, spread_scores, tile=SMALL)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    packed, ends = query.transpose(1, 2).flatten(0, 1), torch.tensor([0, 20, 40], device=place)
+    ends = torch.stack([ends, ends * 0], 1).int()[:, 0]
+    call = {"query_starts": ends, "most_tokens": 20, "tile": SMALL}
+    again = prefill(packed, spread_kv, spread_scores, **call)
+    torch.testing.assert_close(again, wanted[0].transpose(1, 2).flatten(0, 1))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -293,7 +309,6 @@ def test_tiles_fit(device: gpu.Device) -> None:
         ({"mask": torch.zeros(6)}, "2-D or 4-D"),
         ({"mask": torch.zeros(4, 6).double()}, "must be bool, float32"),
         ({"out": rows(2, 2, 4, 17)}, "out is"),
-        ({"tops": rows(2, 2, 4)}, "tops is"),
     ],
 )
 def test_refusals(change: dict, message: str) -> None:

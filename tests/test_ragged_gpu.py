@@ -9,7 +9,7 @@ import torch
 from tests.attention import fresh_seed, tolerance
 from tests.caches import DIM, HEADS, LAYERS, LAYOUTS, layout_of
 from tests.places import PLACES
-from vattn import KVCache, batch_invariant, sdpa_gpu_op
+from vattn import KVCache, batch_invariant
 from vattn.allocator.errors import ClosedError
 from vattn.kernels.contract import reference
 from vattn.layout import LayoutError
@@ -179,6 +179,32 @@ def test_a_captured_graph_follows_the_lengths() -> None:
             agrees(found, query, sequences, 0, None)
 
 
+# ---- appending -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_ragged_batch_is_written_by_one_launch(layout: str, dtype: str, place: str) -> None:
+    """Over the rows that copies wrote, so that they are mapped; no other row changes."""
+    cache, sequences = filled(place, layout, [18, 131, 5], dtype)
+    with cache:
+        batch, layer, count = cache.batch(sequences), LAYERS - 1, 3
+        physical = cache.layout.physical(layer)
+        before = cache.lengths[batch.slots, physical]
+        grow(cache, sequences[0], 2)  # rows behind, which must stay
+        for sequence in sequences:
+            grow(cache, sequence, count)
+        held = [(each.k[layer].clone(), each.v[layer].clone()) for each in sequences]
+        shape = (2, len(sequences), HEADS, count, DIM)
+        wide = torch.randn(*shape[:-1], 2 * DIM).to(cache.device, cache.dtype)
+        for new in (wide[..., :DIM], wide[..., ::2]):
+            cache._rows._launch(physical, batch.slots, before, *new)
+            for i, (sequence, rows) in enumerate(zip(sequences, held, strict=True)):
+                at = slice(int(before[i]), int(before[i]) + count)
+                for side, now in enumerate((sequence.k[layer], sequence.v[layer])):
+                    expected = rows[side].float()
+                    expected[:, at] = new[side, i].float()
+                    assert torch.equal(now.float(), expected)
+
+
 # ---- laws ----------------------------------------------------------------------------------------
 def test_bits_do_not_depend_on_the_batch(place: str) -> None:
     cache, sequences = filled(place, "per_layer", [20, 190, 135])
@@ -190,22 +216,20 @@ def test_bits_do_not_depend_on_the_batch(place: str) -> None:
             assert torch.equal(alone[0], together[i])
 
 
-def test_the_operation_of_a_cache_passes_torchs_checks(place: str) -> None:
-    key, value = (torch.randn(3, HEADS, 40, DIM, device=place) for _ in range(2))
-    query = torch.randn(2, HEADS * GROUPS, 1, DIM, device=place)
-    lengths, slots = (torch.tensor(n, device=place).int() for n in ([7, 33], [2, 0]))
-    given = (query, key, value, lengths, None, slots, None, 20)
-    checks = torch.library.opcheck(torch.ops.vattn.cache_attention, given)
-    assert set(checks.values()) == {"SUCCESS"}
-    out, lse = torch.ops.vattn.cache_attention(*given)
-    for i, (slot, length) in enumerate(((2, 7), (0, 33))):
-        rows = slice(max(0, length - 20), length)
-        exact, exact_lse = reference(
-            query[i : i + 1], key[slot : slot + 1, :, rows], value[slot : slot + 1, :, rows]
-        )
-        torch.testing.assert_close(out[i : i + 1].double(), exact, atol=1e-5, rtol=0)
-        torch.testing.assert_close(lse[i : i + 1].double(), exact_lse, atol=1e-5, rtol=0)
-    assert sdpa_gpu_op.attention is torch.ops.vattn.attention.default
+@pytest.mark.parametrize("length", [1, 17])
+@pytest.mark.parametrize("form", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cache_of_8_bits(form: str, dtype: torch.dtype, length: int, place: str) -> None:
+    cache, sequences = filled(place, "per_layer", [40, 21], form)
+    with cache:
+        view = cache.view(sequences)
+        query = torch.randn(2, HEADS * GROUPS, length, DIM).to(cache.device, dtype)
+        agrees(attend_lse(query, view, 1, impl="triton"), query, sequences, 1, None)
+        with pytest.raises(LayoutError, match=f"must be bfloat16 or float16 over .*{form}"):
+            attend(query.float(), view, 1, impl="triton")
+        if place == "cpu":
+            with pytest.raises(LayoutError, match="convert the query"):
+                attend(query, view, 1)
 
 
 @pytest.mark.parametrize("form", ["transposed", "overlapping", "negated"])
@@ -243,8 +267,14 @@ def test_refused_with_the_reason(place: str) -> None:
             attend(query, view, 0, window_tokens=0, impl="triton")
         with pytest.raises(LayoutError, match="does not exist"):
             attend(query, view, LAYERS, impl="triton")
-        with pytest.raises(ImplError, match="on meta: Triton kernels need a CUDA device"):
-            attend(query.to("meta"), view, 0, impl="triton")
+        needs = "on meta: Triton kernels need a CUDA device; "
+        remedies = {
+            view: 'use impl="auto"' if place == "cpu" else "no other kernel reads a cache on a GPU",
+            FixedView(cache, 2): "pass cache.view" if place == "cpu" else "no other kernel",
+        }
+        for held, remedy in remedies.items():
+            with pytest.raises(ImplError, match=needs + remedy):
+                attend(query.to("meta"), held, 0, impl="triton")
         with pytest.raises(ValueError, match="impl='fast' is unknown"):
             attend(query, view, 0, impl="fast")
         sequences[0].truncate(2)

@@ -30,17 +30,25 @@ def test_a_snippet_runs(number):
     import vattn
 
     rows = torch.randn(1, 8, 40, 128, dtype=torch.bfloat16)
+    query, key, value = (torch.randn(1, heads, 5, 16) for heads in (8, 2, 2))
+    cache = vattn.KVCache(vattn.Layout(1, 2, 16, 64, dtype="float32"))
+    chats = [cache.open()]
+    cache.append(0, key, value, chats)
     names = {
         "vattn": vattn,
         "model": tiny_model(),
         "inputs": {"input_ids": torch.arange(1, 9)[None], "max_new_tokens": 4, "do_sample": False},
         "k": rows,
         "v": rows,
-        "query": torch.randn(1, 8, 5, 16),
-        "key": torch.randn(1, 2, 5, 16),
-        "value": torch.randn(1, 2, 5, 16),
+        "query": query,
+        "key": key,
+        "value": value,
+        "cache": cache,
+        "chats": chats,
+        "layer": 0,
     }
     exec(compile(blocks("python")[number], f"README snippet {number}", "exec"), names)
+    cache.close()
 
 
 def test_the_commands_exist():

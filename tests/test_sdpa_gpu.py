@@ -168,6 +168,22 @@ def test_gradients_of_one_argument_of_a_causal_call(place: str) -> None:
         assert not triton(*leaves).requires_grad
 
 
+def test_gradients_of_a_query_whose_rows_overlap(place: str) -> None:
+    """`empty_like` of it, as torch strides the result, has gaps in its rows."""
+    base, (_, key, value) = torch.randn(1, 4, 64, device=place), tensors(place, dim=32)
+    base = base.requires_grad_()
+
+    def call(function: Callable[..., Tensor], of: Tensor) -> tuple[Tensor, Tensor]:
+        out = function(of.unfold(2, 32, 1)[:, :, :5], key.to(of.dtype), value.to(of.dtype))
+        return out, torch.autograd.grad(out.square().sum(), of)[0]
+
+    wide = base.detach().double().requires_grad_()
+    ways = call(triton, base), call(native, base), call(double, wide)
+    assert ways[0][0].stride() == torch.empty_like(base.unfold(2, 32, 1)[:, :, :5]).stride()
+    for found in zip(*ways, strict=True):
+        as_good(*found)
+
+
 def test_second_derivatives_are_computed_by_torch(place: str) -> None:
     """Of one tensor in several places, too."""
     query, key, _ = tensors(place, 3)
@@ -308,12 +324,49 @@ def test_a_split_that_no_tile_divides_is_refused() -> None:
     assert not sdpa_gpu.invariant()
 
 
+def test_blocks_that_are_nested_and_left_in_any_order() -> None:
+    assert sdpa_gpu.split_tokens() is None
+    outer, inner = batch_invariant(256), batch_invariant(128)
+    with outer:
+        with inner:
+            assert sdpa_gpu.split_tokens() == 128
+        assert sdpa_gpu.split_tokens() == 256
+    first, second = batch_invariant(256), batch_invariant(128)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert sdpa_gpu.split_tokens() == 128
+    assert sdpa_gpu.invariant()
+    second.__exit__(None, None, None)
+    assert sdpa_gpu.split_tokens() is None
+    assert not sdpa_gpu.invariant()
+
+
+@pytest.mark.parametrize("reserved", [1, 400, 256 << 9, (256 << 9) + 1, 1 << 20, 10_000_001])
+def test_parts_of_a_sequence_are_bounded_and_depend_on_its_room_alone(reserved: int) -> None:
+    from vattn.kernels import deals, gpu
+    from vattn.kernels.kv import KV
+    from vattn.kernels.scores import Scores
+
+    assert sdpa_gpu.cut(reserved) is None
+    with batch_invariant(512):
+        split = sdpa_gpu.cut(reserved)
+    assert split is not None
+    assert split % 128 == 0
+    assert (split == 512) is (reserved <= 512 * sdpa_gpu.MOST_PARTS)
+    for batch in (1, 64):
+        key = torch.empty(batch, 2, reserved, 64, dtype=torch.bfloat16, device="meta")
+        query = torch.empty(batch, 8, 1, 64, dtype=torch.bfloat16, device="meta")
+        dealt = deals.deal_for(gpu.H100, query, KV(key, key), Scores(), split)
+        assert dealt.most <= sdpa_gpu.MOST_PARTS
+
+
 @pytest.mark.gpu
 def test_batch_invariant_refuses_what_depends_on_the_batch() -> None:
     given = tensors("cuda")
     refused = {"dtypes differ": [t.double() for t in given], "not all 4-D": [t[0] for t in given]}
     for words, call in refused.items():
-        with batch_invariant(), pytest.raises(ImplError, match=words):
+        with batch_invariant(), pytest.raises(ImplError, match=f"{words}.*block .* leave it"):
             ours(*call, enable_gqa=True)
         with batch_invariant(), pytest.raises(ImplError, match=words):
             explain(*call, enable_gqa=True)

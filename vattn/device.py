@@ -1,4 +1,4 @@
-"""Where the pages of a cache lie: in host memory, or on a CUDA device."""
+"""Where the pages of a cache lie: in host memory, or on a CUDA device; what Triton needs there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .allocator.errors import NoDeviceError, OutOfRange, VattnError
 from .allocator.host import HostBackend
@@ -100,3 +101,26 @@ def available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
     raise VattnError("/proc/meminfo has no MemAvailable: pass budget_bytes")
+
+
+_failed: dict[torch.device, str] = {}  # starting a driver in vain is slow: once a device
+
+
+def cannot_launch(tensor: Tensor) -> str | None:
+    """Say why no Triton kernel runs where ``tensor`` lies, None if one does; imports triton."""
+    if tensor.device in _failed:
+        return _failed[tensor.device]
+    try:
+        from .kernels import gpu
+
+        return gpu.cannot_launch(tensor)
+    except ImportError as error:
+        why = f"triton cannot be imported ({error}): pip install triton"
+    except Exception as error:  # whatever a driver, a C compiler or a library of theirs raises
+        first = (str(error) or "no message").splitlines()[0]
+        why = (
+            f"triton's driver does not start ({type(error).__name__}: {first}): it needs a C "
+            "compiler (CC), the headers of Python and libcuda"
+        )
+    _failed[tensor.device] = why
+    return why

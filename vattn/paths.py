@@ -152,10 +152,10 @@ def named(
     refuse(impl, why or IMPLS[impl].cannot(query, key, value, mask))
 
 
-def refuse(impl: str, why: str | None) -> None:
+def refuse(impl: str, why: str | None, remedy: str = 'use impl="auto"') -> None:
     """Raise ImplError if there is a reason why ``impl`` cannot serve."""
     if why is not None:
-        raise ImplError(f'impl="{impl}" cannot serve this call: {why}; use impl="auto"')
+        raise ImplError(f'impl="{impl}" cannot serve this call: {why}; {remedy}')
 
 
 def known(impl: str) -> None:

@@ -8,8 +8,13 @@ fits. `vattn.paths` is the same for the CPU.
 The kernels are exact for every call that `why_torch` lets through, so rows are a matter of speed
 alone, and no GPU has measured them yet. Until one has, a row stands only where torch falls to a
 kernel that reads more or in fewer parts: dense prefill over torch's flash kernel stays torch's, and
-float32 over its memory-efficient kernel. `Call.of` and `chosen` ask nothing but sizes, dtypes and
-strides: the rule is the same for tensors of any device, and is tested so.
+float32 over its memory-efficient kernel. So do, before any row, "idle" calls: at most 16 queries
+under a mask, which only the prefill kernel takes, where its programs (sequences x KV heads x tiles
+of a KV head's query rows) are fewer than the device's processors.
+
+`Call.of` and `chosen` ask nothing but sizes, dtypes, strides and the number of processors: the rule
+is the same for tensors of any device, and is tested so. Only a call that a row takes imports triton
+and starts its driver; where that fails, the call is torch's and `explained` says why.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vattn.device import cannot_launch
 from vattn.paths import IMPLS, NATIVE, TRITON, Choice, torchs
 from vattn.sdpa_checks import (
     AUTOCAST,
@@ -33,7 +39,9 @@ from vattn.sdpa_checks import (
 
 HALF, SINGLE = (torch.bfloat16, torch.float16), (torch.float32,)
 DTYPES = (*HALF, *SINGLE)
-MOST_DIM = 256  # kernels.kv.MOST_DIM, which only a module that imports triton holds
+# What only modules that import triton hold: kernels.kv.MOST_DIM, kernels.decode.MOST_TOKENS, the
+# rows of the largest tile in kernels.prefill_tiles, and kernels.gpu.INTERPRETER's processors.
+MOST_DIM, FEW_QUERIES, MOST_ROWS, INTERPRETED_PROCESSORS = 256, 16, 128, 8
 ANY = 1 << 62
 
 
@@ -48,12 +56,15 @@ class Row(NamedTuple):
 
 
 MATH = "torch would copy K and V for every query head, or write all scores to memory"
-EFFICIENT = "torch's flash kernel takes no such call, its memory-efficient kernel is slower"
+EFFICIENT = (
+    "torch's flash kernel takes no such call; its memory-efficient kernel turns a bool mask into "
+    "numbers and skips no tile that a mask hides: ours is not measured against it"
+)
 SPLIT = "few queries: K and V are read once a group of heads, in parts, by all processors"
 TABLE = (
     Row(DTYPES, "math", ANY, 1, MATH),
     Row(HALF, "efficient", ANY, 1, EFFICIENT),
-    Row(HALF, "flash", 16, 1024, SPLIT),
+    Row(HALF, "flash", FEW_QUERIES, 1024, SPLIT),
 )
 
 
@@ -64,6 +75,7 @@ class Call(NamedTuple):
     over: str
     queries: int
     tokens: int
+    idle: bool
 
     @classmethod
     def of(
@@ -77,7 +89,25 @@ class Call(NamedTuple):
     ) -> Call:
         """Describe a call that `why_torch` lets through."""
         over = torchs_kernel(query, key, value, mask, is_causal, sure)
-        return cls(query.dtype, over, query.shape[2], key.shape[2])
+        idle = mask is not None and _leaves_idle(query, key, sure)
+        return cls(query.dtype, over, query.shape[2], key.shape[2], idle)
+
+
+def _leaves_idle(query: Tensor, key: Tensor, sure: Sure) -> bool:
+    """Whether prefill of few queries would have fewer programs than the device has processors."""
+    batch, heads, length, _ = query.shape
+    kv_heads = key.shape[1]
+    if not sure(length <= FEW_QUERIES):
+        return False
+    tiles = (heads // kv_heads * length + MOST_ROWS - 1) // MOST_ROWS
+    return not sure(batch * kv_heads * tiles >= _processors(query.device.type, query.device.index))
+
+
+def _processors(kind: str, index: int | None) -> int:
+    """Streaming multiprocessors of a device; without triton, whose driver may not start."""
+    if kind != "cuda":
+        return INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def torchs_kernel(
@@ -107,6 +137,8 @@ def torchs_kernel(
 
 def chosen(call: Call, sure: Sure = bool) -> Row | None:
     """The first row that fits; None leaves the call to torch."""
+    if call.idle:
+        return None
     for row in TABLE:
         if (
             call.dtype in row.dtypes
@@ -127,17 +159,17 @@ def path(
     sure: Sure = bool,
 ) -> str:
     """The name of what serves a call on a GPU: "triton" or "native"."""
-    if why_not(query, key, value, mask, options, sure) is not None:
+    if why_torch(query, key, value, mask, options, sure) is not None:
         return NATIVE
     row = chosen(Call.of(query, key, value, mask, options[1], sure), sure)
-    return NATIVE if row is None else TRITON
+    return NATIVE if row is None or why_not_launched(query) is not None else TRITON
 
 
 def explained(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: tuple[Any, ...]
 ) -> Choice:
     """`path`, with the reasons."""
-    why = why_not(query, key, value, mask, options)
+    why = why_torch(query, key, value, mask, options)
     if why is not None:
         return torchs(why)
     call = Call.of(query, key, value, mask, options[1])
@@ -145,6 +177,9 @@ def explained(
     others = dict.fromkeys(IMPLS, "for tensors on the CPU")
     if row is None:
         return Choice(NATIVE, unlike(call), ((TRITON, "no row of the table fits"), *others.items()))
+    why = why_not_launched(query)
+    if why is not None:
+        return torchs(why)
     return Choice(TRITON, row.why, ((NATIVE, f"its {call.over} kernel"), *others.items()))
 
 
@@ -163,6 +198,11 @@ def why_not(
 
 def unlike(call: Call) -> str:
     """Say why no row fits."""
+    if call.idle:
+        return (
+            f"{call.queries} queries under a mask make fewer programs than the device has "
+            "processors: ours is not measured there"
+        )
     if call.over == "flash" and call.dtype in HALF:
         return (
             f"torch's flash kernel serves {call.queries} queries over {call.tokens} keys well, as "
@@ -272,20 +312,13 @@ def why_not_launched(tensor: Tensor) -> str | None:
     """Say why no Triton kernel runs where ``tensor`` lies; imports triton."""
     if torch.compiler.is_compiling():
         return _why_not_launched_on(tensor.device.type, tensor.device.index)
-    return _asked(tensor)
-
-
-def _asked(tensor: Tensor) -> str | None:
-    try:
-        from vattn.kernels import gpu
-    except ImportError as error:
-        return f"triton cannot be imported ({error}): pip install triton"
-    return gpu.cannot_launch(tensor)
+    return cannot_launch(tensor)
 
 
 def _why_not_launched_on(kind: str, index: int | None) -> str | None:
-    return _asked(torch.empty(0, device=torch.device(kind, index or 0)))
+    return cannot_launch(torch.empty(0, device=torch.device(kind, index or 0)))
 
 
 # What `torch.compiler.assume_constant_result` sets, without its import of the whole compiler.
 _why_not_launched_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_processors._dynamo_marked_constant = True  # type: ignore[attr-defined]

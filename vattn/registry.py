@@ -150,12 +150,13 @@ def serves(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...]) 
         or why_dtypes(query, key, value, None, paths_gpu.HALF)
         or why_shape(query, key, value, None, options[3])
         or paths_gpu.why_rows(query, key, value)
-        or paths_gpu.why_not_launched(query)
     )
     if why is not None:
         return False
     call = paths_gpu.Call.of(query, key, value, None, options[1])
-    return call.over == "flash" and paths_gpu.chosen(call) is not None
+    if call.over != "flash" or paths_gpu.chosen(call) is None:
+        return False
+    return paths_gpu.why_not_launched(query) is None
 
 
 def _packable(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from .allocator.arena import Arena
 from .batch import Batch, Ints
+from .device import cannot_launch
 from .layout import Layout, LayoutError
 from .tensor import DTYPES, Window
+
+MOST_DIM = 256  # kernels.kv.MOST_DIM, which only a module that imports triton holds
 
 
 class Rows:
@@ -43,7 +46,8 @@ class Rows:
     def write(self, physical: int, batch: Batch, lengths: Ints, k: Tensor, v: Tensor) -> None:
         """Copy ``k``, ``v`` [batch, kv_heads, n, head_dim], detached, behind ``lengths`` rows of
         each sequence; on a device, by its current stream. Every page is mapped by now, so nothing
-        can fail."""
+        can fail. A ragged batch is two copies a sequence; where Triton runs on a GPU, one launch.
+        """
         count, first = k.shape[2], lengths.item(0)
         if not count:
             return
@@ -53,6 +57,9 @@ class Rows:
             self._access(slot, slots, physical, 0, first, count).copy_(k)
             self._access(slot, slots, physical, 1, first, count).copy_(v)
             return
+        if self.device.type == "cuda" and self.layout.head_dim <= MOST_DIM and not cannot_launch(k):
+            self._launch(physical, batch.slots, lengths, k, v)
+            return
         for i, (slot, at) in enumerate(zip(batch.slots.tolist(), lengths.tolist(), strict=True)):
             self.write_one(physical, slot, at, k[i], v[i])
 
@@ -60,6 +67,22 @@ class Rows:
         """`write` for one sequence: ``k``, ``v`` [kv_heads, n, head_dim] behind ``at`` rows."""
         self._access(slot, 1, physical, 0, at, k.shape[1])[0].copy_(k.detach())
         self._access(slot, 1, physical, 1, at, v.shape[1])[0].copy_(v.detach())
+
+    def _launch(self, physical: int, slots: Ints, lengths: Ints, k: Tensor, v: Tensor) -> None:
+        """`write` by one launch of `vattn.kernels.append`, for which the host does not wait."""
+        from .kernels.append import append
+        from .kernels.kv import KV
+
+        held = torch.from_numpy(np.stack([lengths, slots]))
+        if self.device.type == "cuda":
+            held = held.pin_memory()
+        behind, of = held.to(self.device, non_blocking=True)
+        # The kernel reads the elements of a row side by side, and as they lie in memory.
+        k, v = (
+            t if t.stride(3) == 1 else t.contiguous() for t in (k.resolve_neg(), v.resolve_neg())
+        )
+        kv = KV(self.reserved(physical, 0), self.reserved(physical, 1), behind, slots=of)
+        append(k, v, kv)
 
     def check(self, k: Tensor, v: Tensor, lead: tuple[int, ...]) -> None:
         """Raise `LayoutError` unless ``k`` and ``v`` are rows [*lead, head_dim] of this cache."""

@@ -195,7 +195,10 @@ def _path(
         return paths.choose(call, query, key, value, mask, sure)
     paths.known(impl)
     if impl == TRITON:
-        paths.refuse(impl, paths_gpu.why_not(query, key, value, mask, options, sure))
+        why = paths_gpu.why_not(query, key, value, mask, options, sure)
+        if type(query) in PLAIN and query.is_cuda and sdpa_gpu.invariant():
+            paths.refuse(impl, why, "in a batch_invariant block nothing else serves: leave it")
+        paths.refuse(impl, why)
     elif impl != NATIVE:
         why = why_torch(query, key, value, mask, options, sure)
         paths.named(impl, query, key, value, mask, why)

@@ -12,41 +12,59 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-from vattn.kernels.contract import additive
+from vattn.kernels.contract import additive, plain_rows
 
 Pair = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 # Queries that kernels.decode takes, which only a module that imports triton holds.
 MOST_QUERIES = 16
-_split_tokens: int | None = None
+# Parts of a sequence's keys in a `batch_invariant` block: the workspace is parts x batch.
+MOST_PARTS = 256
+_lock = Lock()
+_open: dict[object, int] = {}  # the blocks that are open, the newest last
+_split_tokens: int | None = None  # the newest one's: a global, for compiled code to guard
 
 
 @contextmanager
 def batch_invariant(split_tokens: int = 512) -> Iterator[None]:
     """A block in which a row's result has the same bits whatever else is in its batch.
 
-    K and V are cut every ``split_tokens`` tokens, however many processors that leaves idle. On a
-    GPU only the Triton kernels serve, for torch's own cut as the batch suits them: a call of plain
-    tensors that they cannot serve raises `paths.ImplError` with the reason (subclasses of Tensor
-    decide for themselves). Calls on the CPU stay as they are, unless impl="triton" is asked for.
-    For the whole process, as `torch.use_deterministic_algorithms`; what was compiled outside of
-    the block is compiled again.
+    K and V are cut every ``split_tokens`` tokens, however many processors that leaves idle; into at
+    most 256 parts, so that caches of more than ``256 * split_tokens`` reserved tokens are cut less
+    often: by their size alone, see `cut`. On a GPU only the Triton kernels serve, for torch's own
+    cut as the batch suits them: a call of plain tensors that they cannot serve raises
+    `paths.ImplError` with the reason (subclasses of Tensor decide for themselves). Calls on the CPU
+    stay as they are, unless impl="triton" is asked for.
+
+    For the whole process and all its threads, as `torch.use_deterministic_algorithms`: from the
+    first block that is entered to the last that is left, in any order; of several that are open the
+    one entered last decides where to cut. What was compiled outside is compiled again.
 
     Raises ValueError unless ``split_tokens`` is a positive multiple of 128.
     """
-    global _split_tokens
     if split_tokens < 128 or split_tokens % 128:
         raise ValueError(f"split_tokens={split_tokens}: must be a positive multiple of 128")
-    before, _split_tokens = _split_tokens, split_tokens
+    block = object()
+    with _lock:
+        _open[block] = split_tokens
+        _settle()
     try:
         yield
     finally:
-        _split_tokens = before
+        with _lock:
+            del _open[block]
+            _settle()
+
+
+def _settle() -> None:
+    global _split_tokens
+    _split_tokens = next(reversed(_open.values()), None)
 
 
 def invariant() -> bool:
@@ -55,8 +73,17 @@ def invariant() -> bool:
 
 
 def split_tokens() -> int | None:
-    """Where K and V are cut in a `batch_invariant` block; None outside of one."""
+    """What the newest open `batch_invariant` block was given; None outside of one."""
     return _split_tokens
+
+
+def cut(reserved: int) -> int | None:
+    """Every how many tokens K and V of ``reserved`` rows a sequence are cut in a `batch_invariant`
+    block, a multiple of 128; None outside of one."""
+    wanted = _split_tokens
+    if wanted is None:
+        return None
+    return max(wanted, 128 * -(-reserved // (128 * MOST_PARTS)))
 
 
 def forward(
@@ -83,7 +110,7 @@ def forward(
     # `empty_like` of a query whose rows overlap has gaps in its rows.
     rows = out if out.stride(3) == 1 or out.shape[3] == 1 else out.new_empty(out.shape)
     if mask is None and query.shape[2] <= MOST_QUERIES:
-        lse = decode_lse(query, kv, scores, split_tokens=_split_tokens, out=rows)[1]
+        lse = decode_lse(query, kv, scores, split_tokens=cut(key.shape[2]), out=rows)[1]
     else:
         mask = mask[None] if mask is not None and mask.dim() == 3 else mask
         # Which tiles of a mask are looked for decides the order of sums.
@@ -116,7 +143,8 @@ def over_lanes(
     kv = KV(key, value, lengths, starts, slots)
     scores = Scores(scale=scale, causal="bottom_right", window=window_tokens)
     if query.shape[2] <= MOST_QUERIES:
-        return decode_lse(query, kv, scores, split_tokens=_split_tokens, out=like_rows(query))
+        split = cut(key.shape[2])
+        return decode_lse(query, kv, scores, split_tokens=split, out=like_rows(query))
     return prefill_lse(query, kv, scores, out=like_rows(query))
 
 
@@ -151,6 +179,8 @@ def backward(
 
     scores = Scores(scale=scale, causal="top_left" if is_causal else None)
     rows = mask[None] if mask is not None and mask.dim() == 3 else mask
+    # `forward` returns a result with gaps in its rows for a query whose rows overlap.
+    out = plain_rows(out)
     return kernels.backward(grad, query, key, value, out, lse, scores, mask=rows)
 
 

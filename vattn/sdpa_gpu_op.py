@@ -5,14 +5,10 @@
     vattn::attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out,
                               Tensor lse, Tensor? mask, bool is_causal, float? scale)
                               -> (Tensor, Tensor, Tensor)
-    vattn::cache_attention(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? starts,
-                           Tensor? slots, float? scale, int? window_tokens)
-                           -> (Tensor out, Tensor lse)
 
 Defined through `Library`, whose calls cost a fifth of a `custom_op`'s. ``lse`` is float32 and has
-no gradient, nor has the mask, nor `cache_attention`. A backward pass with ``create_graph=True`` is
-computed by torch's MATH kernel, so that it can be differentiated again; any other by
-`attention_backward`.
+no gradient, nor has the mask. A backward pass with ``create_graph=True`` is computed by torch's
+MATH kernel, so that it can be differentiated again; any other by `attention_backward`.
 """
 
 from __future__ import annotations
@@ -35,11 +31,6 @@ _library.define(
 _library.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out,"
     " Tensor lse, Tensor? mask, bool is_causal, float? scale) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-_library.define(
-    "cache_attention(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? starts,"
-    " Tensor? slots, float? scale, int? window_tokens) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 attention = torch.ops.vattn.attention.default
@@ -66,18 +57,12 @@ def attend(
 # ---- what runs -----------------------------------------------------------------------------------
 _library.impl("attention", sdpa_gpu.forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", sdpa_gpu.backward, "CompositeExplicitAutograd")
-_library.impl("cache_attention", sdpa_gpu.over_lanes, "CompositeExplicitAutograd")
 
 
 # ---- shapes, dtypes and strides without running --------------------------------------------------
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Pair:
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     return sdpa_gpu.like(query, value.shape[3]), lse
-
-
-def _cache_fake(query: Tensor, *rest: object) -> Pair:
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    return sdpa_gpu.like_rows(query), lse
 
 
 def _backward_fake(
@@ -87,7 +72,6 @@ def _backward_fake(
 
 
 torch.library.register_fake("vattn::attention", _attention_fake, lib=_library)
-torch.library.register_fake("vattn::cache_attention", _cache_fake, lib=_library)
 torch.library.register_fake("vattn::attention_backward", _backward_fake, lib=_library)
 
 

@@ -22,17 +22,29 @@ from vattn.sdpa import scaled_dot_product_attention
 
 
 class Forced:
-    """A kernel of vattn wherever it can serve; counts how often that was (once a compilation)."""
+    """A kernel of vattn wherever it can serve; counts how often that was (once a compilation), and
+    how often it or `auto` gave a result."""
 
     def __init__(self, impl: str) -> None:
         self.impl = impl
-        self.served = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Count anew."""
+        self.served, self.refused = 0, 0
+
+    @property
+    def share(self) -> float:
+        """Of the calls that had a result, those that the kernel served; 0 of none."""
+        return self.served / max(1, self.served + self.refused)
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         try:
             out = scaled_dot_product_attention(*args, **options, impl=self.impl)
         except ImplError:
-            return scaled_dot_product_attention(*args, **options)
+            out = scaled_dot_product_attention(*args, **options)
+            self.refused += 1
+            return out
         self.served += 1
         return out
 
