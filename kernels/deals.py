@@ -52,8 +52,9 @@ def tile_for(device: Device, rows: int, dim: int, value_dim: int, itemsize: int)
     shared += 2 * tile_rows * (padded(dim) + block) + (2 << 10)  # the query, weights, sums
     programs = max(1, min(2, device.shared_bytes // shared))
     if device.arch >= 100 and rows >= 16:  # found by compilation: other tiles spill there
-        warps, programs = {16: (8, programs), 32: (4, 1)}.get(tile_rows, (8, 1))
-        return Tile(tile_rows, block, warps, stages, programs)
+        if tile_rows == 32:
+            return Tile(tile_rows, max(16, block // 2), 4, stages, programs)
+        return Tile(tile_rows, block, 8, stages, programs if tile_rows == 16 else 1)
     return Tile(tile_rows, block, 4, stages, programs)
 
 

@@ -56,8 +56,9 @@ from vattn.kernels.splits import (
 from vattn.kernels.walk import walk
 
 MOST_TOKENS = 16
-# What a compiled kernel need not know: a new number must not stall a step that serves.
-COUNTS = ["batch", "reserved", "tokens", "least", "most", "window", "sink_tokens"]
+# What a compiled kernel need not know: a new number must not stall a step that serves. ``tokens``
+# has three forms (1, multiples of 16, others), of which the first takes fewer registers.
+COUNTS = ["batch", "reserved", "least", "most", "window", "sink_tokens"]
 
 
 def decode(
