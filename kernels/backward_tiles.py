@@ -68,7 +68,8 @@ SMALL = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 SMALLEST = Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 4, 1))
 FLOAT32 = {
     **{(arch, 64): SMALL for arch in (80, 90, 100)},
-    **{(arch, 128): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)) for arch in (80, 90, 100)},
+    **{(arch, 128): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)) for arch in (80, 90)},
+    (100, 128): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     **{(arch, 256): SMALLEST for arch in (80, 90, 100)},
 }
 
@@ -77,7 +78,8 @@ def tiles_of(device: Device, dim: int, dtype: torch.dtype, plain: bool) -> Tiles
     """The tiles for rows of ``dim`` elements, the larger of D and Dv; ``plain`` scores have no
     mask, ALiBi or softcap."""
     wide = max(64, 1 << (dim - 1).bit_length())
-    plain = plain and dim == wide  # rows that are padded take registers, too
+    # What pads 80 or 96 elements takes registers, too; the tiles of 256 have them to spare.
+    plain = plain and (dim == wide or wide == 256)
     # Consumer devices of any generation have an Ampere's matrix instructions and less memory.
     arch = 80 if device.shared_bytes <= A100.shared_bytes else min(device.arch // 10 * 10, 100)
     table = FLOAT32 if dtype == torch.float32 else PLAIN if plain else RICH
