@@ -26,6 +26,7 @@ import os
 import socket
 import struct
 import weakref
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,7 +42,25 @@ MAX_JSON_BYTES = 64 << 20
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class Kept:
+class Closing(ABC):
+    """What a `with` block closes."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Kept(Closing):
     """Pages of an arena that stay referenced until `close`: their owner's next write copies first.
     Made within the arena's turn."""
 
@@ -60,17 +79,6 @@ class Kept:
             self.closed = True
             with self._pool.turn:
                 self._pool.give(self.ids)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "closed", True):
@@ -143,7 +151,7 @@ def export_pages(arena: Arena, pages: Ints, *, sealed: bool = False) -> Export:
     return Export(arena, pages, sealed=sealed)
 
 
-class Import:
+class Import(Closing):
     """Another process's pages, mapped side by side. Views keep the mapping alive."""
 
     def __init__(self, fd: int, page_bytes: int, where: list[tuple[int, int]]) -> None:
@@ -179,17 +187,6 @@ class Import:
     def close(self) -> None:
         """Unmap, as soon as no slice of the view is left. Idempotent."""
         self._view = None
-
-    def __enter__(self) -> Import:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def receive(connection: socket.socket, *, page_bytes: int | None = None) -> Import:

@@ -24,15 +24,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
-from types import TracebackType
-from typing import Self
 
 from .arena import Arena
 from .context import current
 from .cuda import CudaBackend
 from .errors import ClosedError, DriverError, ShareError, VattnError
 from .record import Ints
-from .share import HEADER, MAGIC, MAX_JSON_BYTES, Kept, mapped_ids, receive_exactly
+from .share import HEADER, MAGIC, MAX_JSON_BYTES, Closing, Kept, mapped_ids, receive_exactly
 
 VERSION = 101  # the host's versions are below
 AT_ONCE = 200  # descriptors in a message
@@ -102,7 +100,7 @@ def export_pages(arena: Arena, pages: Ints) -> Export:
     return Export(arena, pages)
 
 
-class Import:
+class Import(Closing):
     """Another process's pages, mapped side by side on ``backend``'s device, to be read only.
 
     ``address`` .. ``address + nbytes`` is valid until `close`; `vattn.tensor.imported` makes a
@@ -130,9 +128,8 @@ class Import:
             self._imported += 1
         self.address = backend.reserve(self.pages, home=0)
         handles = backend.handles.run(self._first, self.pages)
-        mapped.put(self.address, handles)
+        backend.driver.map_run(self.address, self.page_bytes, handles, mapped.read_access)
         mapped.keep(self.address, handles)
-        backend.driver.set_access(self.address, self.nbytes, mapped.read_access)
 
     def close(self) -> None:
         """Wait for the device's work, then unmap and let go of the memory. Idempotent.
@@ -151,17 +148,6 @@ class Import:
         if self._imported:
             self.backend.destroy(self._first, self._imported)
             self._imported = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "closed", True):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vattn.kernels import gpu
 from vattn.kernels.combine import combine
-from vattn.kernels.deals import padded, tile_for
+from vattn.kernels.deals import tile_for
 from vattn.kernels.online import LOG2E, dot, fold, settled, weigh_whole
 
 BLOCK_TOKENS = 16
@@ -128,7 +128,7 @@ def paged_decode(
     device = gpu.device_of(query)
     batch, heads, dim = query.shape
     _, tokens, kv_heads, value_dim = value.shape
-    if tokens != BLOCK_TOKENS or (padded(dim), padded(value_dim)) != (dim, value_dim):
+    if tokens != BLOCK_TOKENS or (gpu.padded(dim), gpu.padded(value_dim)) != (dim, value_dim):
         raise ValueError(
             f"blocks of {tokens} tokens of {dim} and {value_dim}: must be {BLOCK_TOKENS} of powers "
             "of two from 16 on"

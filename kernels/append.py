@@ -35,6 +35,7 @@ import triton
 from torch import Tensor
 
 from vattn.kernels.append_rows import append_rows, count_rows
+from vattn.kernels.contract import check_row
 from vattn.kernels.gpu import Device, cannot_launch, current, device_of
 from vattn.kernels.kv import DTYPES, FP8, KV, scale_stride
 
@@ -253,11 +254,7 @@ def _check_rows(name: str, new: Tensor, rows: Tensor, lead: tuple[int, ...]) -> 
             f"{name} is {new.dtype} and the cache {rows.dtype}: must be the same, or bfloat16, "
             "float16 or float32, which are cast"
         )
-    if new.stride(-1) != 1 and new.shape[-1] > 1:
-        raise ValueError(
-            f"{name} has stride {new.stride(-1)} in its last dimension and must have 1: pass "
-            f"{name}.contiguous()"
-        )
+    check_row(name, new)
     _check_device(name, new, rows)
 
 

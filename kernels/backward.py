@@ -34,6 +34,7 @@ from vattn.kernels.backward_query import query_kernel
 from vattn.kernels.backward_rows import reference as row_terms_reference
 from vattn.kernels.backward_rows import row_terms, sink_gradient
 from vattn.kernels.backward_tiles import Tiles, tiles_of
+from vattn.kernels.contract import check_row, rows_like
 from vattn.kernels.kv import KV
 from vattn.kernels.mask_tiles import four_dim
 from vattn.kernels.scores import Scores
@@ -100,7 +101,7 @@ def _gradients(
     scores.check(query, query.shape[0])
     if mask is not None:
         mask = four_dim(mask, query.dtype, (*query.shape[:3], key.shape[2]))
-    dq, dk, dv = results = _like(query), _like(key), _like(value)
+    dq, dk, dv = results = rows_like(query), rows_like(key), rows_like(value)
     if not lse.numel() or not key.shape[2]:
         return dq.zero_(), dk.zero_(), dv.zero_(), None
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
@@ -147,8 +148,8 @@ def _launch(
     fixed = {
         "D": dim,
         "DV": value.shape[3],
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(value.shape[3])),
+        "BLOCK_D": gpu.padded(dim),
+        "BLOCK_DV": gpu.padded(value.shape[3]),
         "PRECISION": gpu.precision(query),
     }
     programs = batch * kv_heads * triton.cdiv(length, tiles.key.keys)
@@ -174,11 +175,7 @@ def _check(
             "[B, Hq, L, D] and of one dtype"
         )
     for name, matrix in (("query", query), ("out", out)):
-        if matrix.stride(-1) != 1 and matrix.shape[-1] > 1:
-            raise ValueError(
-                f"{name} has stride {matrix.stride(-1)} in its last dimension and must have 1: "
-                f"pass {name}.contiguous()"
-            )
+        check_row(name, matrix)
     rows = query.shape[:3]
     wide = (*rows, value.shape[3])
     for name, tensor, shape, dtype in (
@@ -194,13 +191,3 @@ def _check(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: must be "
                 f"{dtype} {tuple(shape)} on {query.device}"
             )
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """An unwritten gradient with the order of strides of ``tensor``."""
-    like = torch.empty_like(tensor)
-    return (
-        like
-        if like.stride(-1) == 1
-        else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    )

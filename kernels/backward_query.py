@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vattn.kernels.backward_scores import (
+    COUNTS,
     is_edge,
     mask_of,
     matrix,
@@ -21,8 +22,6 @@ from vattn.kernels.backward_scores import (
     write_rows,
 )
 from vattn.kernels.online import dot
-
-COUNTS = ["heads", "groups", "tokens", "length", "count", "offset", "window", "sink_tokens"]
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vattn.kernels.backward_scores import matrix, read_rows
-from vattn.kernels.gpu import current
+from vattn.kernels.gpu import current, padded
 from vattn.kernels.scores import LOG2E
 
 BLOCK_L = 32
@@ -92,7 +92,7 @@ def row_terms(grad: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None = 
             LOG2E=LOG2E,
             HIDDEN=HIDDEN,
             DV=dim,
-            BLOCK_DV=max(16, triton.next_power_of_2(dim)),
+            BLOCK_DV=padded(dim),
             BLOCK_L=BLOCK_L,
             num_warps=4,
         )

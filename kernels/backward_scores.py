@@ -15,6 +15,9 @@ import triton.language as tl
 
 from vattn.kernels.online import LOG2E, scored, visible
 
+# What a compiled kernel need not know: a new number must not stall a step.
+COUNTS = ["heads", "groups", "tokens", "length", "count", "offset", "window", "sink_tokens"]
+
 
 @triton.jit
 def matrix(tensor, b, h):

@@ -30,15 +30,13 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from vattn.kernels.cascade_prefix import attend_prefix
 from vattn.kernels.combine import combine
-from vattn.kernels.deals import padded
-from vattn.kernels.decode import MOST_TOKENS, decode_lse
-from vattn.kernels.gpu import Device, current, device_of, precision
-from vattn.kernels.kv import FP8, KV, scale_stride
+from vattn.kernels.decode import decode_lse
+from vattn.kernels.gpu import Device, current, device_of, padded, precision
+from vattn.kernels.kv import FP8, KV, MOST_TOKENS, scale_stride
 from vattn.kernels.online import stored
 from vattn.kernels.prefill import prefill_lse
 from vattn.kernels.scores import CAUSAL, MOST_WINDOW, Scores
@@ -165,7 +163,7 @@ def tile_for(device: Device, rows: int, dim: int, itemsize: int, *, costly: bool
         full = Tile(64, 32, 8, 2) if hopper else Tile(32, 32, 4, 2)
     if costly and not hopper:
         full = full._replace(rows=max(16, full.rows // 2), warps=4)
-    fewer = min(full.rows, max(16, triton.next_power_of_2(rows)))
+    fewer = min(full.rows, padded(rows))
     return Tile(fewer, full.keys, min(full.warps, max(4, fewer // 16)), full.stages)
 
 

@@ -70,11 +70,39 @@ def _check_mask(mask: Tensor, query: Tensor, keys: int) -> None:
 def check_rows(key: Tensor, value: Tensor) -> None:
     """Raise ValueError unless the elements of a row of K and V lie side by side."""
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[3] > 1 and tensor.stride(3) != 1:
-            raise ValueError(
-                f"{name} has stride {tensor.stride(3)} in its last dimension and must have 1: "
-                f"pass {name}.contiguous(), or use the grouped kernel"
-            )
+        why = why_apart(name, tensor)
+        if why is not None:
+            raise ValueError(f"{why}, or use the grouped kernel")
+
+
+def why_apart(name: str, tensor: Tensor) -> str | None:
+    """Say that the elements of a row do not lie side by side; None if they do."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return None
+    return (
+        f"{name} has stride {tensor.stride(-1)} in its last dimension and must have 1: "
+        f"pass {name}.contiguous()"
+    )
+
+
+def check_row(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the elements of a row lie side by side."""
+    why = why_apart(name, tensor)
+    if why is not None:
+        raise ValueError(why)
+
+
+def rows_like(tensor: Tensor, width: int | None = None) -> Tensor:
+    """An unwritten tensor with rows of ``width`` elements (None: as many) side by side, its other
+    dimensions in the order of this one's strides; contiguous for one whose rows overlap."""
+    if width is None or width == tensor.shape[-1]:
+        like = torch.empty_like(tensor)
+        return like if like.stride(-1) == 1 else tensor.new_empty(tensor.shape)
+    last = tensor.dim() - 1
+    order = sorted(range(last), key=tensor.stride, reverse=True)
+    return torch.empty_permuted(
+        (*tensor.shape[:-1], width), (*order, last), dtype=tensor.dtype, device=tensor.device
+    )
 
 
 def plain_rows(query: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from vattn.kernels.gpu import Device, device_of
+from vattn.kernels.gpu import Device, device_of, padded
 from vattn.kernels.kv import KV
 from vattn.kernels.scores import Scores
 from vattn.kernels.splits import Deal, tiles_of
@@ -44,7 +43,7 @@ def tile_for(device: Device, rows: int, dim: int, value_dim: int, itemsize: int)
     """
     width = padded(dim) + padded(value_dim)
     most_rows = 64 if padded(value_dim) <= 128 and itemsize > 1 else 32
-    tile_rows = min(most_rows, max(16, padded(rows)))
+    tile_rows = min(most_rows, padded(rows))
     size = 16 << 10 if itemsize == 1 else 32 << 10
     block = max(16, min(MOST_BLOCK, padded(size // (width * itemsize) + 1) // 2))
     stages = 5 if itemsize == 1 else 3
@@ -127,9 +126,13 @@ def workspace_for(
     at most 16 rows: more rows need the registers that joining takes.
     """
     scores = Scores() if scores is None else scores
-    device = device_of(query)
-    dealt = deal_for(device, query, kv, scores, split_tokens)
-    places, rows, value_dim = _part_shape(device, query, kv, dealt)
+    dealt = deal_for(device_of(query), query, kv, scores, split_tokens)
+    return workspace_of(query, kv, dealt, one_launch)
+
+
+def workspace_of(query: Tensor, kv: KV, dealt: Deal, one_launch: bool | None) -> Workspace:
+    """`workspace_for` a call that is ``dealt`` out already."""
+    places, rows, value_dim = _part_shape(device_of(query), query, kv, dealt)
     if one_launch is None:
         jobs = max(1, query.shape[0] * dealt.jobs)
         parts = dealt.most if dealt.fixed else dealt.programs // jobs + 2
@@ -182,7 +185,3 @@ def tile_of(device: Device, query: Tensor, kv: KV) -> tuple[Tile, int]:
     dims = query.shape[3], kv.value.shape[3]
     tile = tile_for(device, rows, *dims, kv.key.element_size())
     return tile, min(rows, tile.rows)
-
-
-def padded(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))

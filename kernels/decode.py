@@ -27,17 +27,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vattn.kernels.contract import check_row, rows_like
 from vattn.kernels.deals import (
     MOST_BLOCK,
     Workspace,
     check_workspace,
     deal_for,
-    padded,
     tile_of,
-    workspace_for,
+    workspace_of,
 )
-from vattn.kernels.gpu import Device, current, device_of, precision
-from vattn.kernels.kv import KV, scale_stride
+from vattn.kernels.gpu import Device, current, device_of, padded, precision
+from vattn.kernels.kv import KV, MOST_TOKENS, scale_stride
 from vattn.kernels.online import stored
 from vattn.kernels.pairs import pairs_of
 from vattn.kernels.parts import ELEMENTS, finish, join, join_elements, keep
@@ -55,7 +55,6 @@ from vattn.kernels.splits import (
 )
 from vattn.kernels.walk import walk
 
-MOST_TOKENS = 16
 # What a compiled kernel need not know: a new number must not stall a step that serves. ``tokens``
 # has three forms (1, multiples of 16, others), of which the first takes fewer registers.
 COUNTS = ["batch", "reserved", "least", "most", "window", "sink_tokens"]
@@ -109,14 +108,14 @@ def decode_lse(
     device = device_of(query)
     if split_tokens is not None and (split_tokens < 1 or split_tokens % MOST_BLOCK):
         raise ValueError(f"split_tokens={split_tokens}: must be a multiple of {MOST_BLOCK}")
-    out = _out(query, kv.value.shape[3]) if out is None else out
+    out = rows_like(query, kv.value.shape[3]) if out is None else out
     _check_out(out, query, kv)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
     dealt = deal_for(device, query, kv, scores, split_tokens)
     if workspace is None:
-        workspace = workspace_for(query, kv, scores, split_tokens=split_tokens, one_launch=False)
+        workspace = workspace_of(query, kv, dealt, one_launch=False)
     else:
         check_workspace(workspace, query, kv, dealt)
     with current(query):
@@ -278,14 +277,6 @@ def _held(device: Device, query: Tensor, kv: KV) -> tuple[tuple[str | None, str]
     return (None, single), key, value
 
 
-def _out(query: Tensor, value_dim: int) -> Tensor:
-    """[B, Hq, L, Dv] with its first dimensions in the order of the query's."""
-    strides = query.stride()
-    order = sorted(range(3), key=lambda i: -strides[i])
-    made = query.new_empty((*(query.shape[i] for i in order), value_dim))
-    return made.permute(*(order.index(i) for i in range(3)), 3)
-
-
 def _check_out(out: Tensor, query: Tensor, kv: KV) -> None:
     shape = (*query.shape[:3], kv.value.shape[3])
     right = out.dtype in (query.dtype, torch.float32) and out.device == query.device
@@ -306,11 +297,7 @@ def _check(query: Tensor, kv: KV, scores: Scores, tree: Tensor | None) -> None:
         raise ValueError(
             f"{tokens} query tokens: must be at most {MOST_TOKENS}; pass more to prefill"
         )
-    if query.stride(3) != 1 and query.shape[3] > 1:
-        raise ValueError(
-            f"query has stride {query.stride(3)} in its last dimension and must have 1: "
-            "pass query.contiguous()"
-        )
+    check_row("query", query)
     if tree is not None:
         _check_tree(tree, query, scores)
 
@@ -323,7 +310,7 @@ def _check_tree(tree: Tensor, query: Tensor, scores: Scores) -> None:
             f"tree is {tree.dtype} {tuple(tree.shape)} on {tree.device}: must be bool {shapes[0]} "
             f"or {shapes[1]} on {query.device}"
         )
-    if not tree[..., :, :].is_contiguous():
+    if not tree.is_contiguous():
         raise ValueError(f"tree has strides {tree.stride()}: pass tree.contiguous()")
     if scores.causal == "top_left":
         raise ValueError("tree with causal='top_left': a tree is over the last tokens")

@@ -84,6 +84,11 @@ def cannot_launch(tensor: Tensor) -> str | None:
     return f"the tensor is on {tensor.device}: Triton kernels need a CUDA device"
 
 
+def padded(n: int) -> int:
+    """Elements of a tile's side that holds ``n``: a power of two, 16 for matrix instructions."""
+    return max(16, triton.next_power_of_2(n))
+
+
 def precision(tensor: Tensor) -> str:
     """How products of ``tensor``'s rows are rounded: "tf32" for float32 where the user allows it
     (`torch.set_float32_matmul_precision`), else "ieee"."""

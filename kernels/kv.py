@@ -15,10 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vattn.kernels.contract import check_row
+
 HALF = (torch.bfloat16, torch.float16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DTYPES = (*HALF, torch.float32)
 MOST_DIM = 256
+MOST_TOKENS = 16  # of queries that `decode` takes
 
 
 def scale_stride(scale: Tensor | None) -> int:
@@ -68,11 +71,7 @@ class KV:
                 f"head_dim is {key.shape[3]} and {value.shape[3]}: must be 1 to {MOST_DIM}"
             )
         for name, tensor in (("key", key), ("value", value)):
-            if tensor.stride(3) != 1 and tensor.shape[3] > 1:
-                raise ValueError(
-                    f"{name} has stride {tensor.stride(3)} in its last dimension and must have 1: "
-                    f"pass {name}.contiguous()"
-                )
+            check_row(name, tensor)
         self._check_counts()
         self._check_scales()
 

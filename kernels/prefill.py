@@ -30,10 +30,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from vattn.kernels import gpu, mask_tiles
+from vattn.kernels.contract import check_row, rows_like
 from vattn.kernels.gpu import Device
 from vattn.kernels.kv import KV, scale_stride
 from vattn.kernels.mask_tiles import MaskTiles
@@ -102,7 +102,7 @@ def prefill_lse(
     if mask is not None:
         shape = (kv.batch, query.shape[1], tokens, kv.key.shape[2])
         mask = mask_tiles.four_dim(mask, query.dtype, shape)
-    out = _out(query, kv.value.shape[3]) if out is None else _checked_out(out, query, kv)
+    out = rows_like(query, kv.value.shape[3]) if out is None else _checked_out(out, query, kv)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if lse.numel() and tokens:
         with gpu.current(query):
@@ -166,11 +166,7 @@ def _kind(kv: KV, scores: Scores, starts: Tensor | None, mask: Tensor | None) ->
 def _tokens(query: Tensor, kv: KV, query_starts: Tensor | None, most_tokens: int | None) -> int:
     """Most query tokens of a sequence, of a query that suits the contract."""
     kv.check_query(query)
-    if query.stride(-1) != 1 and query.shape[-1] > 1:
-        raise ValueError(
-            f"query has stride {query.stride(-1)} in its last dimension and must have 1: "
-            "pass query.contiguous()"
-        )
+    check_row("query", query)
     if query.dim() == 4:
         if query_starts is not None or most_tokens is not None:
             raise ValueError("query_starts and most_tokens are for packed queries [T, Hq, D]")
@@ -187,17 +183,6 @@ def _tokens(query: Tensor, kv: KV, query_starts: Tensor | None, most_tokens: int
     if not 0 <= most_tokens <= query.shape[0]:
         raise ValueError(f"most_tokens is {most_tokens}: must be 0 to {query.shape[0]}")
     return most_tokens
-
-
-def _out(query: Tensor, value_dim: int) -> Tensor:
-    """An unwritten result whose dimensions lie in the order of the query's."""
-    if query.shape[-1] == value_dim:
-        return torch.empty_like(query)
-    layout = sorted(range(query.dim() - 1), key=query.stride, reverse=True)
-    shape = (*query.shape[:-1], value_dim)
-    return torch.empty_permuted(
-        shape, (*layout, query.dim() - 1), dtype=query.dtype, device=query.device
-    )
 
 
 def _checked_out(out: Tensor, query: Tensor, kv: KV) -> Tensor:
@@ -247,8 +232,8 @@ def _launch(
         factor, scores.softcap or 0.0, scores.window or 0, scores.sink_tokens,
         D=dim,
         DV=value_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_D=gpu.padded(dim),
+        BLOCK_DV=gpu.padded(value_dim),
         ROWS=tile.rows,
         KEYS=tile.keys,
         PACK=pack,

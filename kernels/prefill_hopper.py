@@ -43,6 +43,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from vattn.kernels import gpu
+from vattn.kernels.contract import rows_like, why_apart
 from vattn.kernels.kv import HALF, KV
 from vattn.kernels.prefill_hopper_roles import consume, new_order, new_ring, produce
 from vattn.kernels.prefill_hopper_tiles import (
@@ -211,8 +212,9 @@ def why_not(query: Tensor, kv: KV, scores: Scores = Scores()) -> str | None:  # 
         return f"query is {query.dtype} and key {key.dtype}: must both be bfloat16 or float16"
     if key.shape[3] not in DIMS or value.shape[3] != key.shape[3]:
         return f"head_dim is {key.shape[3]} and {value.shape[3]}: must be the same of {DIMS}"
-    if query.stride(3) != 1:
-        return f"query has stride {query.stride(3)} in its last dimension and must have 1"
+    apart = why_apart("query", query)
+    if apart is not None:
+        return apart
     if kv.key_scale is not None or kv.value_scale is not None:
         return "K and V of 16 bits have no scales here: multiply scale and the result by them"
     for name in ("alibi", "sink_logits"):
@@ -263,7 +265,7 @@ def _attend(
     if why is not None:
         raise ValueError(f"prefill_hopper: {why}")
     tile = tile_of(query.shape[3]) if tile is None else _checked_tile(tile, query.shape[3])
-    out = torch.empty_like(query) if out is None else _checked_out(out, query)
+    out = rows_like(query) if out is None else _checked_out(out, query)
     if query.numel():
         with gpu.current(query):
             copy_context().run(_launch, query, kv, scores, tile, out, lse)

@@ -11,7 +11,7 @@ from typing import Literal
 import triton
 import triton.language as tl
 
-from vattn.kernels.gpu import Device
+from vattn.kernels.gpu import Device, padded
 
 # K and V of the heads that run together should stay in L2: 40 MB on an A100, 50 MB on an H100.
 L2_BYTES = 32 << 20
@@ -51,7 +51,7 @@ def tile_of(device: Device, dim: int, itemsize: int, rows: int, kind: Kind = "pl
     ``itemsize`` bytes, and a ``kind`` of call; no larger than shared memory."""
     wide = 64 if dim <= 64 else 128 if dim <= 128 else 256
     full = FLOAT[wide] if itemsize == 4 else TILES[kind][_family(device)][wide]
-    fewer = min(full.rows, max(16, triton.next_power_of_2(rows)))
+    fewer = min(full.rows, padded(rows))
     keys, stages = full.keys, full.stages
     while (fewer + 2 * stages * keys) * wide * itemsize > device.shared_bytes:
         keys, stages = (keys, stages - 1) if stages > 1 else (keys // 2, 1)

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from vattn.device import cannot_launch
+from vattn.kernels.kv import DTYPES, HALF, MOST_DIM
+from vattn.kernels.kv import MOST_TOKENS as FEW_QUERIES
 from vattn.paths import IMPLS, NATIVE, TRITON, Choice, torchs
 from vattn.sdpa_checks import (
     AUTOCAST,
@@ -37,11 +39,9 @@ from vattn.sdpa_checks import (
     why_watched,
 )
 
-HALF, SINGLE = (torch.bfloat16, torch.float16), (torch.float32,)
-DTYPES = (*HALF, *SINGLE)
-# What only modules that import triton hold: kernels.kv.MOST_DIM, kernels.decode.MOST_TOKENS, the
-# rows of the largest tile in kernels.prefill_tiles, and kernels.gpu.INTERPRETER's processors.
-MOST_DIM, FEW_QUERIES, MOST_ROWS, INTERPRETED_PROCESSORS = 256, 16, 128, 8
+# What only modules that import triton hold: the rows of the largest tile in kernels.prefill_tiles,
+# and kernels.gpu.INTERPRETER's processors.
+MOST_ROWS, INTERPRETED_PROCESSORS = 128, 8
 ANY = 1 << 62
 
 

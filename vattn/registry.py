@@ -27,6 +27,7 @@ from torch import Tensor
 from vattn import paths_gpu, sdpa_gpu
 from vattn.allocator.errors import VattnError
 from vattn.kernels.contract import additive
+from vattn.kernels.kv import HALF
 from vattn.kernels.packed import pack_mask, pack_rows
 from vattn.sdpa_checks import why_dtypes, why_options, why_shape
 
@@ -147,7 +148,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...]) 
     the choice of a backend are behind it; gradients are torch's."""
     why = (
         why_options(options)
-        or why_dtypes(query, key, value, None, paths_gpu.HALF)
+        or why_dtypes(query, key, value, None, HALF)
         or why_shape(query, key, value, None, options[3])
         or paths_gpu.why_rows(query, key, value)
     )

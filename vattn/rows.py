@@ -9,10 +9,9 @@ from torch import Tensor
 from .allocator.arena import Arena
 from .batch import Batch, Ints
 from .device import cannot_launch
+from .kernels.kv import KV, MOST_DIM
 from .layout import Layout, LayoutError
 from .tensor import DTYPES, Window
-
-MOST_DIM = 256  # kernels.kv.MOST_DIM, which only a module that imports triton holds
 
 
 class Rows:
@@ -71,7 +70,6 @@ class Rows:
     def _launch(self, physical: int, slots: Ints, lengths: Ints, k: Tensor, v: Tensor) -> None:
         """`write` by one launch of `vattn.kernels.append`, for which the host does not wait."""
         from .kernels.append import append
-        from .kernels.kv import KV
 
         held = torch.from_numpy(np.stack([lengths, slots]))
         if self.device.type == "cuda":

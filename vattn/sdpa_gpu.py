@@ -17,13 +17,14 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from vattn.kernels.contract import additive, plain_rows
+from vattn.kernels.contract import additive, plain_rows, rows_like
+from vattn.kernels.kv import KV
+from vattn.kernels.kv import MOST_TOKENS as MOST_QUERIES
+from vattn.kernels.scores import Scores
 
 Pair = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
-# Queries that kernels.decode takes, which only a module that imports triton holds.
-MOST_QUERIES = 16
 # Parts of a sequence's keys in a `batch_invariant` block: the workspace is parts x batch.
 MOST_PARTS = 256
 _lock = Lock()
@@ -100,9 +101,7 @@ def forward(
     strided as `like`. Raises ValueError for what the kernels cannot take.
     """
     from vattn.kernels.decode import decode_lse
-    from vattn.kernels.kv import KV
     from vattn.kernels.prefill import prefill_lse
-    from vattn.kernels.scores import Scores
 
     kv = KV(key, value)
     scores = Scores(scale=scale, causal="top_left" if is_causal else None)
@@ -136,16 +135,14 @@ def over_lanes(
     lse [B, Hq, L] float32).
     """
     from vattn.kernels.decode import decode_lse
-    from vattn.kernels.kv import KV
     from vattn.kernels.prefill import prefill_lse
-    from vattn.kernels.scores import Scores
 
     kv = KV(key, value, lengths, starts, slots)
     scores = Scores(scale=scale, causal="bottom_right", window=window_tokens)
     if query.shape[2] <= MOST_QUERIES:
         split = cut(key.shape[2])
-        return decode_lse(query, kv, scores, split_tokens=split, out=like_rows(query))
-    return prefill_lse(query, kv, scores, out=like_rows(query))
+        return decode_lse(query, kv, scores, split_tokens=split, out=rows_like(query))
+    return prefill_lse(query, kv, scores, out=rows_like(query))
 
 
 def like(query: Tensor, dim: int) -> Tensor:
@@ -154,12 +151,6 @@ def like(query: Tensor, dim: int) -> Tensor:
     if dim == query.shape[3]:
         return torch.empty_like(query)
     return query.new_empty((*query.shape[:3], dim))
-
-
-def like_rows(tensor: Tensor) -> Tensor:
-    """An unwritten tensor strided as this one, the elements of a row side by side."""
-    out = torch.empty_like(tensor)
-    return out if out.stride(3) == 1 else tensor.new_empty(tensor.shape)
 
 
 def backward(
@@ -175,7 +166,6 @@ def backward(
 ) -> Gradients:
     """Gradients of query, key and value, from what `forward` returned."""
     from vattn.kernels import backward as kernels
-    from vattn.kernels.scores import Scores
 
     scores = Scores(scale=scale, causal="top_left" if is_causal else None)
     rows = mask[None] if mask is not None and mask.dim() == 3 else mask

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vattn import sdpa_gpu
+from vattn.kernels.contract import rows_like
 from vattn.sdpa_gpu import Gradients, Pair
 
 _library = torch.library.Library("vattn", "FRAGMENT")
@@ -68,7 +69,7 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) ->
 def _backward_fake(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: object
 ) -> Gradients:
-    return sdpa_gpu.like_rows(query), sdpa_gpu.like_rows(key), sdpa_gpu.like_rows(value)
+    return rows_like(query), rows_like(key), rows_like(value)
 
 
 torch.library.register_fake("vattn::attention", _attention_fake, lib=_library)
