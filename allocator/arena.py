@@ -10,7 +10,8 @@
        └────────────┴────────────┘     └────────────┴────────────┘
 
     entry[v] != 0  <=>  page v lies in first .. last of its lane
-    a page of a slot that has another holder lies below shared_to of that slot
+    a page of a slot that has another holder, or lies in the lower tier, or has a twin there, lies
+    below shared_to of that slot: who writes below it calls `unshare` first
 
 Every public method is one turn, and all or nothing: pages are charged before anything is mapped,
 and a failing call is undone exactly before its error leaves. Nothing is unmapped under a *pin* (a
@@ -27,14 +28,14 @@ from .errors import ClosedError, DriverError, OutOfRange, PageStateError, Reserv
 from .frontiers import GrowPlan, join
 from .laws import check_arena
 from .lease import Lease
-from .mapping import Mapping
+from .moves import Moves
 from .pool import Pool
 from .record import NONE, Ints, Record
 
 MAX_RESERVE_BYTES = 1 << 47  # what x86-64 and AArch64 Linux give a process
 
 
-class Arena(Mapping):
+class Arena(Moves):
     """A reservation of ``slots * lanes * lane_pages`` pages backed by a pool's pages on demand.
 
     Args:
@@ -280,8 +281,8 @@ class Arena(Mapping):
             self.shared_to[slots] = max(self.shared_to[slots].max(), full.max() + 1)
 
     def unshare(self, slot: int, first: int, last: int, *, tenant: int = 0) -> None:
-        """Give the slot private copies of those of its pages ``first .. last`` that have other
-        holders (before they are written).
+        """Make a slot's pages ``first .. last`` ready to be written: those that have other holders,
+        or lie in the lower tier, are exchanged for private copies; twins are dropped.
 
         Raises:
             OutOfPages, MapLimitError, DriverError: nothing changed.
@@ -294,6 +295,8 @@ class Arena(Mapping):
             if self.pool.reclaim(len(shared)):
                 shared = self._shared(slot, first, last)
             self.install(NONE, NONE, shared, self.ids(shared), self.page_bytes, tenant)
+            if self.pool.lower is not None:
+                self.pool.lower.drop_twins_of(self.ids(self.within(slot, first, last)))
 
     def retenant(self, slot: int, tenant: int) -> None:
         """Hand a slot's mapped pages to another tenant: what another one wrote is zeroed, or, where
@@ -305,12 +308,14 @@ class Arena(Mapping):
         with self.turn:
             self._check_open()
             pages = self._foreign(slot, tenant)
-            if self.pool.reclaim(int(np.count_nonzero(self.pool.refs(self.ids(pages)) > 1))):
+            if self.pool.reclaim(int(np.count_nonzero(self._held(pages)))):
                 pages = self._foreign(slot, tenant)
-            held = self.pool.refs(self.ids(pages)) > 1
+            held = self._held(pages)
             if held.any():
                 self.install(NONE, NONE, pages[held], NONE, 0, tenant)
             self.record.zero(pages[~held])
+            if self.pool.lower is not None:
+                self.pool.lower.drop_twins_of(self.ids(pages[~held]))
             self.pool.assign(self.ids(pages[~held]), tenant)
 
     # ---- closing -----------------------------------------------------------------------------
@@ -362,9 +367,15 @@ class Arena(Mapping):
             raise ClosedError("the arena is closed; make a new one")
 
     def _shared(self, slot: int, first: int, last: int) -> Ints:
-        """Which of the mapped pages ``first .. last`` of a slot have other holders."""
+        """Which of the mapped pages ``first .. last`` of a slot may not be written."""
         pages = self.within(slot, first, last)
-        return pages[self.pool.refs(self.ids(pages)) > 1]
+        return pages[self._held(pages)]
+
+    def _held(self, pages: Ints) -> np.ndarray:
+        """Which pages have other holders, or lie in the lower tier."""
+        ids = self.ids(pages)
+        held: np.ndarray = self.pool.refs(ids) > 1
+        return held if self.pool.lower is None else held | self.pool.lower.holds(ids)
 
     def _foreign(self, slot: int, tenant: int) -> Ints:
         """Mapped pages of a slot that carry another tenant's bytes."""

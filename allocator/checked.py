@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from collections.abc import Callable
+from typing import cast
 
 from .errors import DriverError, PageStateError
-from .vmm import Backend
+from .vmm import Backend, TieredBackend
 
 
 class CheckedBackend:
@@ -38,6 +39,8 @@ class CheckedBackend:
         "duplicate",
         "warm",
         "descriptor",
+        "add_tier",
+        "copy",
     )
 
     def __init__(self, inner: Backend, *, fail_at: int | None = None) -> None:
@@ -131,6 +134,25 @@ class CheckedBackend:
         self._legal(target not in self.at.values(), "copy into a mapped page", target)
         self.inner.duplicate(source, target, nbytes)
 
+    # ---- the lower tier --------------------------------------------------------------------
+    def add_tier(self, first: int, pages: int, place: str | int | None = None) -> None:
+        self._call("add_tier", 0, pages)
+        self._tiered.add_tier(first, pages, place)
+
+    def settle(self) -> None:
+        self._tiered.settle()
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        self._call("copy", 0, count)
+        there = set(range(target, target + count))
+        self._legal(self.created.issuperset(range(source, source + count)), "copy of none", source)
+        self._legal(there <= self.created, "copy to missing pages", target)
+        self._legal(there.isdisjoint(self.at.values()), "copy into a mapped page", target)
+        self._tiered.copy(source, target, count)
+
+    def tier_bytes(self) -> int:
+        return self._tiered.tier_bytes()
+
     # ---- passed on -------------------------------------------------------------------------
     def fence(self) -> Callable[[], bool] | None:
         return self.inner.fence()
@@ -158,6 +180,10 @@ class CheckedBackend:
         self.created.clear()
 
     # ---- inside ----------------------------------------------------------------------------
+    @property
+    def _tiered(self) -> TieredBackend:
+        return cast(TieredBackend, self.inner)
+
     def _call(self, verb: str, address: int, size: int) -> None:
         self.calls[verb] += 1
         if verb in self.FAILABLE:

@@ -28,6 +28,7 @@ from .errors import DriverError, OutOfRange, ReserveError, ShareError
 from .fences import Fences, Streams
 from .flight import FlightRecorder
 from .handles import Handles
+from .hosttier import Tiered
 from .mappings import Mappings
 from .probe import accesses, check_devices, choose, page_size
 
@@ -36,7 +37,7 @@ MAX_ZERO_PAGES = 1 << 16  # mapped one by one, at some microseconds each
 NO_LIMIT = sys.maxsize  # a device limits mappings only by the memory for its page tables
 
 
-class CudaBackend:
+class CudaBackend(Tiered):
     """`vmm.Backend` on one CUDA device.
 
     Args:
@@ -170,18 +171,18 @@ class CudaBackend:
     @current
     def create(self, page: int, count: int) -> None:
         self.calls["create"] += 1
-        self.handles.create(page, count)
+        self.kind_of(page).create(page, count)
 
     @current
     def destroy(self, page: int, count: int) -> None:
         self.calls["destroy"] += 1
-        self.handles.destroy(page, count)
+        self.kind_of(page).destroy(page, count)
 
     @current
     def warm(self, page: int, count: int) -> None:
         """Zero pages that nobody has seen yet, so that mapping them need not."""
         self.calls["warm"] += 1
-        for i, handle in enumerate(self.handles.run(page, count), page):
+        for i, handle in enumerate(self.kind_of(page).run(page, count), page):
             if i in self.handles.fresh:
                 with self.mappings.scratch([handle], self._stream) as at:
                     self._zero(at, self.page_bytes)
@@ -228,7 +229,7 @@ class CudaBackend:
     def map(self, address: int, page: int, count: int) -> None:
         self.context.check()
         self.calls["map"] += 1
-        mapped, handles = self.mappings, self.handles.run(page, count)
+        mapped, handles = self.mappings, self.kind_of(page).run(page, count)
         if mapped.zero_ranges and mapped.zero_backed(address):
             self._exchange(address, handles)
         else:
@@ -241,7 +242,7 @@ class CudaBackend:
     def remap(self, address: int, page: int, count: int) -> None:
         self.context.check()
         self.calls["remap"] += 1
-        handles = self.handles.run(page, count)
+        handles = self.kind_of(page).run(page, count)
         self._exchange(address, handles)
         if self.handles.fresh:
             self._scrub(address, page, handles)
@@ -270,11 +271,12 @@ class CudaBackend:
     @current
     def duplicate(self, source: int, target: int, nbytes: int) -> None:
         self.calls["duplicate"] += 1
-        pair = [self.handles[source], self.handles[target]]
+        pair = [self.kind_of(source)[source], self.kind_of(target)[target]]
         driver, size, stream = self.driver, self.page_bytes, self._stream
+        copy = driver.copy if self.lower is None else driver.transfer
         self.fences.wait()
         with self.mappings.scratch(pair, stream) as at:
-            driver.copy(at + size, at, nbytes, stream)
+            copy(at + size, at, nbytes, stream)
             if target in self.handles.fresh and nbytes < size:
                 driver.fill(at + size + nbytes, 0, size - nbytes, stream)
             driver.synchronize_stream(stream)
@@ -370,6 +372,9 @@ class CudaBackend:
         for address, pages in list(self._ranges.items()):
             with suppress(DriverError):
                 self._release(address, pages)
+        if self.lower is not None:
+            with suppress(DriverError):
+                self.lower.close(self.driver)
         with suppress(DriverError):
             self.mappings.close()
         self.handles.close()

@@ -261,6 +261,12 @@ class Driver:
         if code:
             raise self.error("cuMemcpyDtoDAsync", code, target, nbytes)
 
+    def transfer(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """`copy` between any two kinds of memory."""
+        (code,) = self.cuda.cuMemcpyAsync(target, source, nbytes, stream)
+        if code:
+            raise self.error("cuMemcpyAsync", code, target, nbytes)
+
     def create_event(self) -> int:
         return self._value("cuEventCreate", self.cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING)
 

@@ -21,12 +21,16 @@ import fcntl
 import mmap
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 
 from . import libc
 from .errors import ClosedError, DriverError, MapLimitError, OutOfRange, ReserveError
 from .huge import HUGE_BYTES, make_ready, mapped_huge_bytes
 from .process import forks
+from .tierfile import TierFile
+from .windows import Windows, copy
 
 # The share of vm.max_map_count that we may use up: beyond it, other code of the process (even
 # starting a thread) begins to fail in ways that nobody can recover from.
@@ -72,7 +76,9 @@ class HostBackend:
         self._homes: dict[int, tuple[int, int]] = {}  # base -> (end, home file offset - base)
         self._zero_backed: set[int] = set()
         self.calls: Counter[str] = Counter()
-        self._file_bytes = 0
+        self._file_bytes, self._extending = 0, Lock()
+        self.file: TierFile | None = None  # of the lower tier
+        self._windows: Windows | None = None  # to our own pages, once some are copied
         self._pid, self._forks = os.getpid(), forks()
         try:
             self.map_limit = map_limit or int(max_map_count() * MAP_LIMIT_SHARE)
@@ -130,17 +136,24 @@ class HostBackend:
     # ---- physical pages ------------------------------------------------------------------
     def create(self, page: int, count: int) -> None:
         self._check_open()
-        self._extend_file(page + count)
+        if (file := self._lower(page)) is not None:
+            file.create(page, count)
+        else:
+            self._extend_file(page + count)
 
     def destroy(self, page: int, count: int) -> None:
         self._check_open()  # above all in a fork: the file is the parent's, too
         self.calls["destroy"] += 1
-        libc.punch_hole(self.fd, page * self.page_bytes, count * self.page_bytes)
+        fd, offset = self._place(page)
+        libc.punch_hole(fd, offset, count * self.page_bytes)
 
     def warm(self, page: int, count: int) -> None:
         self._check_open()
         self.calls["warm"] += 1
-        make_ready(self.fd, page * self.page_bytes, count * self.page_bytes)
+        if (file := self._lower(page)) is not None:
+            file.commit(page, count)
+        else:
+            make_ready(self.fd, page * self.page_bytes, count * self.page_bytes)
 
     def descriptor(self) -> int:
         self._check_open()
@@ -159,26 +172,27 @@ class HostBackend:
     def map(self, address: int, page: int, count: int) -> None:
         self._check_open()
         self.calls["map"] += 1
-        offset, nbytes = page * self.page_bytes, count * self.page_bytes
-        if offset - address == self._home_delta(address):
+        fd, offset = self._place(page)
+        nbytes = count * self.page_bytes
+        if fd == self.fd and offset - address == self._home_delta(address):
             libc.protect_memory(address, nbytes, libc.PROT_RW)
             return
-        libc.map_memory(address, nbytes, libc.PROT_RW, SHARED, self.fd, offset)
+        libc.map_memory(address, nbytes, libc.PROT_RW, SHARED, fd, offset)
 
     def remap(self, address: int, page: int, count: int) -> None:
         self._check_open()
         self.calls["remap"] += 1
-        offset, nbytes = page * self.page_bytes, count * self.page_bytes
-        libc.map_memory(address, nbytes, libc.PROT_RW, SHARED, self.fd, offset)
+        fd, offset = self._place(page)
+        libc.map_memory(address, count * self.page_bytes, libc.PROT_RW, SHARED, fd, offset)
 
     def unmap(self, address: int, page: int, count: int) -> None:
         self._check_open()
         self.calls["unmap"] += 1
-        offset, nbytes = page * self.page_bytes, count * self.page_bytes
-        delta = self._home_delta(address)
+        fd, offset = self._place(page)
+        nbytes, delta = count * self.page_bytes, self._home_delta(address)
         if delta is None:
             libc.map_memory(address, nbytes, libc.PROT_RW, ZEROS)
-        elif offset - address == delta:
+        elif fd == self.fd and offset - address == delta:
             libc.protect_memory(address, nbytes, libc.PROT_NONE)
         else:  # put the home pages back, closed
             libc.map_memory(address, nbytes, libc.PROT_NONE, SHARED, self.fd, address + delta)
@@ -189,16 +203,36 @@ class HostBackend:
     def duplicate(self, source: int, target: int, nbytes: int) -> None:
         self._check_open()
         self.calls["duplicate"] += 1
-        start, done = source * self.page_bytes, 0
+        (file, start), (into, end), done = self._place(source), self._place(target), 0
         try:
-            while done < nbytes:  # through the file: neither page need be mapped
-                data = os.pread(self.fd, nbytes - done, start + done)
+            while done < nbytes:  # through the files: neither page need be mapped
+                data = os.pread(file, nbytes - done, start + done)
                 if not data:
                     raise DriverError("pread", errno.EIO, start + done, nbytes - done)
-                done += os.pwrite(self.fd, data, target * self.page_bytes + done)
+                done += os.pwrite(into, data, end + done)
         except OSError as error:
             code = error.errno or errno.EIO
             raise DriverError("pwrite", code, start + done, nbytes - done) from error
+
+    # ---- the lower tier ------------------------------------------------------------------
+    def add_tier(self, first: int, pages: int, place: str | int | None = None) -> None:
+        self._check_open()
+        if isinstance(place, int):
+            raise OutOfRange(f"the host's lower tier is a file: a path is wanted, got {place}")
+        self.file = TierFile(first, pages, self.page_bytes, place)
+        self._windows = Windows(self.fd)
+
+    def settle(self) -> None:
+        return None  # what this process wrote is written
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        self._check_open()
+        self.calls["copy"] += 1
+        nbytes = count * self.page_bytes
+        copy(self._pieces(source, nbytes), self._pieces(target, nbytes))
+
+    def tier_bytes(self) -> int:
+        return 0 if self.file is None or self.fd < 0 else self.file.resident_bytes()
 
     def fence(self) -> None:
         return None  # readers are this process's threads: an epoch is enough
@@ -228,6 +262,10 @@ class HostBackend:
             return
         for address, (end, _) in list(self._homes.items()):
             self.release(address, (end - address) // self.page_bytes)
+        if self._windows is not None:
+            self._windows.close()
+        if self.file is not None:
+            self.file.close()
         os.close(self.fd)
         self.fd = -1
         self.maps = 0
@@ -246,14 +284,37 @@ class HostBackend:
                 f"{os.getpid()}; create it in the process that uses it"
             )
 
+    def _lower(self, page: int) -> TierFile | None:
+        """The file of the lower tier, if the page lies there."""
+        file = self.file
+        return file if file is not None and file.first <= page < file.end else None
+
+    def _place(self, page: int) -> tuple[int, int]:
+        """Descriptor and offset of a page."""
+        file = self.file
+        if file is not None and file.first <= page < file.end:
+            return file.fd, file.offset(page)
+        return self.fd, page * self.page_bytes
+
+    def _pieces(self, page: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Where bytes from a page on are seen through windows."""
+        file, windows = self._lower(page), self._windows
+        if file is not None:
+            return file.windows.pieces(file.offset(page), nbytes)
+        assert windows is not None, "add_tier() first"
+        return windows.pieces(page * self.page_bytes, nbytes)
+
     def _extend_file(self, pages: int) -> None:
         nbytes = pages * self.page_bytes
-        if nbytes > self._file_bytes:
-            try:
-                os.ftruncate(self.fd, nbytes)
-            except OSError as error:
-                raise DriverError("ftruncate", error.errno or errno.EIO, 0, nbytes) from error
-            self._file_bytes = nbytes
+        if nbytes <= self._file_bytes:
+            return
+        with self._extending:  # the warmer creates pages on a thread of its own
+            if nbytes > self._file_bytes:
+                try:
+                    os.ftruncate(self.fd, nbytes)
+                except OSError as error:
+                    raise DriverError("ftruncate", error.errno or errno.EIO, 0, nbytes) from error
+                self._file_bytes = nbytes
 
     def _home_delta(self, address: int) -> int | None:
         """File offset minus address of the home pages at ``address``; None if zero-backed."""

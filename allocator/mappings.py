@@ -11,7 +11,7 @@ whole mappings. A change over several calls is undone in the reverse order when 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
 from typing import Any
 
@@ -38,8 +38,7 @@ class Mappings:
         self.at: dict[int, int] = {}
         self.zero_ranges: dict[int, int] = {}  # zero-backed reservations: address -> end
         self.zero_page: int | None = None
-        self._scratch: int | None = None  # address of two pages
-        self._lock = Lock()  # of the scratch pages
+        self._scratch = Scratch(self, 2)
 
     # ---- looking -----------------------------------------------------------------------------
     def addresses(self, address: int, count: int) -> range:
@@ -135,33 +134,54 @@ class Mappings:
         self.fill(self.runs(self.addresses(address, count)))
 
     # ---- a place of our own ------------------------------------------------------------------
-    @contextmanager
-    def scratch(self, handles: list[int], stream: int, *, write: bool = False) -> Iterator[int]:
-        """Up to two pages, mapped side by side at an address of our own. Work on them is submitted
-        to ``stream`` and has been waited for at the end of the block; if the block raises, here."""
-        with self._lock:
-            if self._scratch is None:
-                self._scratch = self.driver.reserve(2 * self.page_bytes, 0)
-            self.put(self._scratch, handles, write=write)
-            try:
-                yield self._scratch
-            except BaseException:
-                try:
-                    self.driver.synchronize_stream(stream)
-                finally:
-                    self._leave_scratch(len(handles))
-                raise
-            self._leave_scratch(len(handles))
-
-    def _leave_scratch(self, count: int) -> None:
-        assert self._scratch is not None
-        try:
-            self.driver.unmap(self._scratch, count * self.page_bytes)
-        except DriverError:  # nobody else could undo this: once more
-            self.driver.unmap(self._scratch, count * self.page_bytes)
+    def scratch(
+        self, handles: list[int], stream: int, *, write: bool = False
+    ) -> AbstractContextManager[int]:
+        """Up to two pages at an address of our own, see `Scratch`."""
+        return self._scratch(handles, stream, write=write)
 
     def close(self) -> None:
         """Give the scratch pages' addresses back."""
-        address, self._scratch = self._scratch, None
+        self._scratch.close()
+
+
+class Scratch:
+    """Addresses of ``pages`` pages to work on what is mapped nowhere, or elsewhere."""
+
+    def __init__(self, mappings: Mappings, pages: int) -> None:
+        self.mappings, self.pages = mappings, pages
+        self._address: int | None = None
+        self._lock = Lock()
+
+    @contextmanager
+    def __call__(self, handles: list[int], stream: int, *, write: bool = False) -> Iterator[int]:
+        """Map handles side by side. Work on them is submitted to ``stream`` and has been waited for
+        at the end of the block; if the block raises, here."""
+        driver, size = self.mappings.driver, self.mappings.page_bytes
+        with self._lock:
+            if self._address is None:
+                self._address = driver.reserve(self.pages * size, 0)
+            self.mappings.put(self._address, handles, write=write)
+            try:
+                yield self._address
+            except BaseException:
+                try:
+                    driver.synchronize_stream(stream)
+                finally:
+                    self._leave(len(handles))
+                raise
+            self._leave(len(handles))
+
+    def close(self) -> None:
+        """Give the addresses back."""
+        address, self._address = self._address, None
         if address is not None:
-            self.driver.free(address, 2 * self.page_bytes)
+            self.mappings.driver.free(address, self.pages * self.mappings.page_bytes)
+
+    def _leave(self, count: int) -> None:
+        assert self._address is not None
+        nbytes = count * self.mappings.page_bytes
+        try:
+            self.mappings.driver.unmap(self._address, nbytes)
+        except DriverError:  # nobody else could undo this: once more
+            self.mappings.driver.unmap(self._address, nbytes)

@@ -19,22 +19,25 @@ that the kernel merges maps; a warm page elsewhere is dearer in maps but cheaper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ClosedError, DriverError, OutOfPages, OutOfRange, PageStateError
+from .errors import ClosedError, OutOfPages, PageStateError
 from .laws import check_pool
-from .quarantine import PageIds, Quarantine
+from .quarantine import PageIds
+from .stock import Stock
 from .table import FREE, MAPPED, MIXED, QUARANTINED, WARM, PageTable, Taken, distinct
 from .turn import Turn
 from .vmm import Backend
-from .warmqueue import WarmQueue, runs
+
+if TYPE_CHECKING:
+    from .tier import Tier
 
 
-class Pool:
+class Pool(Stock):
     """Pages of one backend, counted against one budget that may change at run time.
 
     Args:
@@ -50,43 +53,23 @@ class Pool:
     def __init__(
         self, backend: Backend, *, budget_bytes: int, warm_high_bytes: int | None = None
     ) -> None:
-        self.backend = backend
-        self.page_bytes = backend.page_bytes
-        self.quarantine = Quarantine()
-        self.turn = Turn()
-        self.mapped = self.warm = self.lent = 0
-        self.warm_high = None if warm_high_bytes is None else warm_high_bytes // self.page_bytes
-        self.total = self._budget_pages(budget_bytes)
+        super().__init__(
+            backend,
+            PageTable(),
+            Turn(),
+            budget_bytes=budget_bytes,
+            warm_high_bytes=warm_high_bytes,
+        )
+        self.lower: Tier | None = None  # where pages go that leave, see `tier`
         self.reclaimers: list[Callable[[int], None]] = []  # asked for pages before we refuse
+        self.evictors: list[Callable[[int], None]] = []  # asked then, to move pages to ``lower``
         self.boundary: Callable[[], None] | None = None  # told of every step boundary
         self.recall: Callable[[], None] | None = None  # whoever was lent pages: give them back
-        self.table = PageTable()
         self._tenants: dict[Hashable, int] = {None: 0}
         self._arenas = 0
-        self._closing = False
-        self.queue = WarmQueue(self.table)
+        self.closing = False
 
-    # ---- counts ----------------------------------------------------------------------------
-    @property
-    def pending(self) -> int:
-        """Pages that come back at a step boundary: in quarantine, or lent to the warmer."""
-        return self.quarantine.pages + self.lent
-
-    @property
-    def free(self) -> int:
-        """Pages that `take` can hand out now."""
-        return max(0, self.total - self.mapped - self.pending)
-
-    @property
-    def over(self) -> int:
-        """Pages in use beyond a budget that was lowered."""
-        return max(0, self.mapped + self.pending - self.total)
-
-    @property
-    def created(self) -> int:
-        """Pages that hold bytes."""
-        return self.warm + self.mapped + self.pending
-
+    # ---- looking ---------------------------------------------------------------------------
     def refs(self, ids: PageIds) -> NDArray[np.int32]:
         """Number of addresses (and exports) that hold each page."""
         return self.table.refs[ids]
@@ -98,7 +81,7 @@ class Pool:
     # ---- homes -----------------------------------------------------------------------------
     def extent(self, pages: int) -> int:
         """A run of ids to be the homes of ``pages`` pages; returns the first. `forget` ends it."""
-        if self._closing:
+        if self.closing:
             raise ClosedError("the pool is closed")
         first = self.table.extent(pages)
         self._arenas += 1
@@ -117,7 +100,7 @@ class Pool:
         asked = False
         if n > self.free and self.lent and self.recall is not None:
             self.recall()
-        for reclaimer in self.reclaimers:
+        for reclaimer in (*self.reclaimers, *self.evictors):
             if n > self.free:
                 asked = True
                 reclaimer(n - self.free + self.over)
@@ -153,19 +136,7 @@ class Pool:
             ids, before = self.queue.choose(goals, before, use_warm)
         owners = self.table.owner[ids]
         taken = Taken(ids, before, (before == WARM) & (owners != tenant), owners)
-        warm = int(np.count_nonzero(before))
-        self.table.state[ids] = MAPPED
-        self.table.refs[ids] = 1
-        self.table.owner[ids] = tenant
-        self.mapped += n
-        self.warm -= warm
-        try:
-            self._make_room()
-            if warm < n:
-                self._create(ids if warm == 0 else ids[before == FREE])
-        except BaseException:
-            self._put_back(taken)
-            raise
+        self.hand_out(taken, tenant)
         return taken
 
     def take_run(self, goal: int, count: int, tenant: int) -> int | None:
@@ -206,24 +177,6 @@ class Pool:
         """`share` for consecutive ids that the caller sees mapped."""
         self.table.refs[page : page + count] += 1
 
-    def untake(self, taken: Taken, *, written: bool = False) -> None:
-        """Undo `take`: counts, states, references and owners are as they were; pages that had no
-        bytes have none again. What the system will not destroy stays warm. Such pages, and warm
-        ones that were ``written`` meanwhile, are scrubbed before anybody gets them."""
-        before, owners = taken.before.copy(), taken.owners.copy()
-        if written:
-            owners[before == WARM] = MIXED
-        cold = np.flatnonzero(before == FREE)
-        done = 0
-        for page, count in runs(taken.ids[cold]):
-            try:
-                self.backend.destroy(page, count)
-            except DriverError:
-                before[cold[done : done + count]] = WARM
-                owners[cold[done : done + count]] = MIXED
-            done += count
-        self._put_back(replace(taken, before=before, owners=owners))
-
     def share(self, ids: PageIds) -> None:
         """One more holder for each page (an id may repeat)."""
         self._check_mapped(ids, "shared")
@@ -243,9 +196,10 @@ class Pool:
         if int(left.min()) < 0:
             np.add.at(self.table.refs, ids, 1)
             raise PageStateError("a page was given back more often than it was taken")
-        self.table.state[dead] = QUARANTINED
-        self.mapped -= len(dead)
-        self.quarantine.hold(dead, quiesced=quiesced, fence=self.backend.fence())
+        if self.lower is not None:
+            dead = self.lower.take_leave(dead, quiesced=quiesced)
+        if len(dead):
+            self.bury(dead, quiesced=quiesced)
 
     def assign(self, ids: PageIds, tenant: int) -> None:
         """Hand mapped pages, scrubbed by the caller, to ``tenant``."""
@@ -261,23 +215,22 @@ class Pool:
         """Step boundary: the next epoch begins and pages whose wait is over become free."""
         with self.turn:
             self.quarantine.advance()
+            if self.lower is not None:
+                self.lower.quarantine.advance()
             self.drain()
         if self.boundary is not None:
             self.boundary()
 
     def drain(self) -> None:
-        """Free the pages whose quarantine is over; keep their bytes up to the watermark.
+        """Free the pages whose quarantine is over, in the lower tier, too; keep their bytes up to
+        the watermark.
 
         Raises:
             DriverError: the system refused to destroy pages. They wait for the next `drain`.
         """
-        with self.turn:
-            over = self.quarantine.drain()
-            for ids in over:
-                self._keep_warm(ids)
-            self._make_room(over)
-            if self.warm_high is not None and self.warm > self.warm_high:
-                self.trim(self.warm_high)
+        super().drain()
+        if self.lower is not None:
+            self.lower.drain()
 
     def lend(self, n: int) -> PageIds:
         """Lend up to ``n`` cold ids, as far as the budget has room for more bytes, to a thread that
@@ -300,50 +253,12 @@ class Pool:
             self.table.recycle(ids[made:])
             self._make_room([ids[:made]])
 
-    # ---- giving memory back ----------------------------------------------------------------
-    def trim(self, keep_pages: int = 0) -> int:
-        """Destroy warm pages, oldest first, until ``keep_pages`` are left; returns how many went.
-
-        Raises:
-            DriverError: the system refused; what was destroyed before stays so.
-        """
-        gone = 0
-        with self.turn:
-            while self.warm > keep_pages:
-                ids = self.queue.pop(self.warm - keep_pages)
-                done = 0
-                try:
-                    for page, count in runs(ids):
-                        self.backend.destroy(page, count)
-                        done += count
-                finally:
-                    self.queue.unpop(ids[done:])
-                    self._forget_bytes(ids[:done])
-                gone += done
-        return gone
-
-    def set_budget(self, budget_bytes: int) -> None:
-        """Change the budget now. Warm pages go at once, and what reclaimers find without a live
-        row; pages in use stay until given back, and `over` counts them.
-
-        Raises:
-            OutOfRange: negative. DriverError: the budget is as before.
-        """
-        with self.turn:
-            old, self.total = self.total, self._budget_pages(budget_bytes)
-            try:
-                self._make_room()
-                if self.over:
-                    self._shrink(self.mapped - self.over)
-            except BaseException:
-                self.total = old
-                raise
-
+    # ---- the end ---------------------------------------------------------------------------
     def close(self) -> None:
         """Close the backend once the last arena over this pool is gone. Idempotent."""
         if not self.turn.foreign:
             with self.turn:
-                self._closing = True
+                self.closing = True
                 self._settle()
 
     def check(self) -> None:
@@ -351,17 +266,12 @@ class Pool:
         check_pool(self)
 
     # ---- inside ----------------------------------------------------------------------------
-    def _budget_pages(self, budget_bytes: int) -> int:
-        if budget_bytes < 0:
-            raise OutOfRange(f"budget must not be negative, got {budget_bytes} bytes")
-        return budget_bytes // self.page_bytes
-
     def _shrink(self, mapped: int) -> None:
         """Ask the reclaimers until no more than ``mapped`` pages are mapped, as far as they can."""
         if self.lent and self.recall is not None:
             self.recall()
             self._make_room()
-        for reclaimer in self.reclaimers:
+        for reclaimer in (*self.reclaimers, *self.evictors):
             if self.over and self.mapped > mapped:
                 reclaimer(self.mapped - max(mapped, 0))
 
@@ -370,54 +280,5 @@ class Pool:
             raise PageStateError(f"only mapped pages can be {what}")
 
     def _settle(self) -> None:
-        if self._closing and self._arenas == 0:
+        if self.closing and self._arenas == 0:
             self.backend.close()
-
-    def _make_room(self, arrived: Sequence[PageIds] = ()) -> None:
-        """Destroy warm pages beyond the budget; if refused, pages that just arrived wait on."""
-        if self.created <= self.total or not self.warm:
-            return
-        try:
-            self.trim(max(0, self.total - self.mapped - self.pending))
-        except BaseException:
-            for ids in arrived:
-                back = ids[self.table.state[ids] == WARM]
-                self.table.state[back] = QUARANTINED
-                self.warm -= len(back)
-                self.quarantine.hold(back, quiesced=True)
-            raise
-
-    def _keep_warm(self, ids: PageIds) -> None:
-        self.table.state[ids] = WARM
-        self.warm += len(ids)
-        self.queue.push(ids)
-
-    def _forget_bytes(self, ids: PageIds) -> None:
-        self.table.state[ids] = FREE
-        self.table.owner[ids] = 0
-        self.warm -= len(ids)
-        self.table.recycle(ids)
-
-    def _create(self, ids: PageIds) -> None:
-        """All or nothing."""
-        done = 0
-        try:
-            for page, count in runs(ids):
-                self.backend.create(page, count)
-                done += count
-        except BaseException:
-            for page, count in runs(ids[:done]):
-                self.backend.destroy(page, count)
-            raise
-
-    def _put_back(self, taken: Taken) -> None:
-        """The bookkeeping of `untake`."""
-        ids = taken.ids
-        self.table.state[ids] = taken.before
-        self.table.refs[ids] = 0
-        self.table.owner[ids] = taken.owners
-        self.mapped -= len(ids)
-        warm = ids[taken.before == WARM]
-        if len(warm):
-            self._keep_warm(warm)
-        self.table.recycle(ids[taken.before == FREE])

@@ -222,6 +222,9 @@ def mapped_ids(arena: Arena, pages: Ints) -> Ints:
     ids: Ints = arena.ids(pages)
     if not len(ids) or int(ids.min()) < 0:
         raise ShareError("only mapped pages can be exported, and at least one")
+    lower = arena.pool.lower
+    if lower is not None and lower.holds(ids).any():
+        raise ShareError("pages of the lower tier cannot be exported: promote them first")
     return ids
 
 

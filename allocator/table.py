@@ -41,13 +41,15 @@ def distinct(values: PageIds) -> PageIds:
 
 
 class PageTable:
-    """One row per id: ``state``, ``refs`` (addresses and exports), ``owner`` (tenant)."""
+    """One row per id: ``state``, ``refs`` (addresses and exports), ``owner`` (tenant); ``twin``:
+    one more than the id of an equal page in the lower tier, 0 for none (`tier`)."""
 
     def __init__(self) -> None:
         self.size = 0
         self.state: NDArray[np.uint8] = np.zeros(0, np.uint8)
         self.refs: NDArray[np.int32] = np.zeros(0, np.int32)
         self.owner: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.twin: NDArray[np.int64] = np.zeros(0, np.int64)
         self.spare: list[int] = []
         self._spare_ids: set[int] = set()
         self._extents: dict[int, list[int]] = {}  # pages -> first ids of extents to use again
@@ -87,13 +89,14 @@ class PageTable:
             # Untouched zeros cost nothing, so that terabytes of ids are free. Twice the size: rare.
             size = max(size + SPARE_IDS, 2 * len(self.state))
             try:
-                grown = [_grown(old, size) for old in (self.state, self.refs, self.owner)]
+                rows = (self.state, self.refs, self.owner, self.twin)
+                grown = [_grown(old, size) for old in rows]
             except (MemoryError, ValueError, OverflowError) as error:
                 raise ReserveError(
                     f"no memory for a table of {size} pages. Use fewer slots, a smaller max_tokens "
                     "or larger pages."
                 ) from error
-            self.state, self.refs, self.owner = grown
+            self.state, self.refs, self.owner, self.twin = grown
         first, self.size = self.size, self.size + pages
         return first
 

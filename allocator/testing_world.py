@@ -6,6 +6,7 @@ import errno
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
@@ -64,7 +65,7 @@ class Failing:
         self.inner, self.left = inner, 0
         for verb in ("note_maps", "admit_maps", "fence", "page_bytes", "granularity", "calls"):
             setattr(self, verb, getattr(inner, verb))
-        for verb in CheckedBackend.FAILABLE:
+        for verb in filter(partial(hasattr, inner), CheckedBackend.FAILABLE):
             setattr(self, verb, self._counted(verb, getattr(inner, verb)))
 
     def __getattr__(self, name: str) -> Any:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from .vmm import Backend
+from .vmm import Backend, TieredBackend
 
 
 class Event(NamedTuple):
@@ -124,6 +124,21 @@ class TracedBackend:
     def duplicate(self, source: int, target: int, nbytes: int) -> None:
         self.inner.duplicate(source, target, nbytes)
         self.trace.note("duplicate", 0, nbytes, target)
+
+    # ---- the lower tier ----------------------------------------------------------------------
+    def add_tier(self, first: int, pages: int, place: str | int | None = None) -> None:
+        cast(TieredBackend, self.inner).add_tier(first, pages, place)
+        self.trace.note("add_tier", 0, pages * self.page_bytes, first)
+
+    def settle(self) -> None:
+        cast(TieredBackend, self.inner).settle()
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        cast(TieredBackend, self.inner).copy(source, target, count)
+        self.trace.note("copy", 0, count * self.page_bytes, target)
+
+    def tier_bytes(self) -> int:
+        return cast(TieredBackend, self.inner).tier_bytes()
 
     # ---- passed on ---------------------------------------------------------------------------
     def descriptor(self) -> int:

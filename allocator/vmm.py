@@ -95,3 +95,26 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
+
+
+class TieredBackend(Backend, Protocol):
+    """A backend with pages of a second, larger and slower kind: a file, or host memory. All other
+    verbs take their ids, too; `map` puts them under any address."""
+
+    def add_tier(self, first: int, pages: int, place: str | int | None = None) -> None:
+        """Let ids ``first .. first + pages`` be pages of the second kind. Once.
+
+        Args:
+            place: on the host a path, None for a file without a name; on a device the NUMA node,
+                None for the first.
+        """
+
+    def settle(self) -> None:
+        """Wait until what was submitted before has written what it writes."""
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy ``count`` whole pages from id ``source`` on to ``target`` on. Nobody writes the
+        sources or knows of the targets. May run on another thread, next to all other verbs."""
+
+    def tier_bytes(self) -> int:
+        """Bytes that the system really holds for pages of the second kind."""

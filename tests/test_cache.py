@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from vattn.allocator.checked import CheckedBackend
 from vattn.allocator.errors import ClosedError, DriverError, OutOfPages, OutOfRange
 from vattn.allocator.host import HostBackend
 from vattn.allocator.pool import Pool
-from vattn.cache import KVCache, PrefixError
+from vattn.cache import CopyRefused, KVCache, PrefixError
 from vattn.layout import LayoutError
 
 
@@ -531,3 +533,9 @@ def test_token_counts_are_checked(cache, tokens):
         with pytest.raises((OutOfRange, LayoutError)):
             call([sequence], tokens)
     assert_same(before, state(cache))
+
+
+@pytest.mark.parametrize("act", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_cache_is_not_copied_by_value(cache, act):
+    with pytest.raises(CopyRefused, match="Fork its sequences"):
+        act(cache)

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vattn.cli import app, parse_bytes
+from vattn.policies.names import named
 from vattn.report import cat_peak, cat_rows, size, step_peak
 from vattn.shape import ModelShape
 
@@ -366,6 +367,14 @@ def test_empty_model_directory_is_no_model(tmp_path):
         (("--cache", "static", "--plot", "x.png"), "--cache vattn"),
         (("--plot", "/no/such/folder/x.png"), "/no/such/folder"),
         (("--prompt-file", "/no/such/prompt"), "/no/such/prompt"),
+        (("--budget", "10%"), "name a selector"),
+        (("--select", "quest", "--budget", "many"), "such as 25%"),
+        (("--select", "quest", "--budget", "0%"), "such as 25%"),
+        (("--select", "quest", "--budget", "32"), "budget_tokens"),
+        (("--select", "oracle"), "two-stage"),
+        (("--select", "quest", "--attn", "sdpa"), "--attn vattn"),
+        (("--select", "quest", "--cache", "dynamic"), "--cache vattn"),
+        (("--host-tier", "4M", "--cache", "static"), "--cache vattn"),
     ],
 )
 def test_bad_options_are_named(model, options, words):
@@ -373,8 +382,27 @@ def test_bad_options_are_named(model, options, words):
     assert words in complaint("generate", "--model", model, *prompt, *options)
 
 
+@pytest.mark.parametrize("name", sorted(named()))
+def test_every_selector_generates(model, name):
+    options = ["--prompt", PROMPT, "--context", "360", "--max-new-tokens", "3", "--select", name]
+    report = run_json("generate", "--model", model, *options, "--budget", 192)
+    shares = [layer["read"] / layer["there"] for layer in report["activity"]]
+    assert all(0.1 < share < 0.95 for share in shares), shares
+
+
+def test_a_selection_over_tiers_is_drawn(model, tmp_path):
+    picture = tmp_path / "read.png"
+    options = ["--prompt", PROMPT, "--context", "480", "--max-new-tokens", "12"]
+    options += ["--select", "quest", "--budget", "25%", "--host-tier", "96K"]
+    done = runner.invoke(app, ["generate", "--model", str(model), *options, "--plot", str(picture)])
+    assert done.exit_code == 0, done.output
+    assert "decode steps read 2" in done.stdout
+    assert "came back" in done.stdout
+    assert picture.stat().st_size > 20_000
+
+
 def test_exhausted_budget_says_what_was_needed(model):
-    options = ["--prompt", PROMPT, "--budget", "4K"]
+    options = ["--prompt", PROMPT, "--memory", "4K"]
     done = runner.invoke(app, ["generate", "--model", str(model), *options])
     assert done.exit_code == 2
     assert "OutOfPages: out of pages: needed" in done.stderr

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -224,3 +225,21 @@ def test_closed_backend_refuses_every_verb() -> None:
     ):
         with pytest.raises(ClosedError):
             act()
+
+
+def test_two_threads_may_make_the_file_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shorter request, still under way when the longer one comes, must not shrink the file."""
+    backend, resize = HostBackend(PAGE), os.ftruncate
+    longer = Thread(target=backend.create, args=(100, 28))
+
+    def slow(fd: int, nbytes: int) -> None:
+        if nbytes == 10 * PAGE:
+            longer.start()
+            longer.join(timeout=0.2)
+        resize(fd, nbytes)
+
+    monkeypatch.setattr(os, "ftruncate", slow)
+    backend.create(0, 10)
+    longer.join()
+    assert os.fstat(backend.fd).st_size == 128 * PAGE
+    backend.close()

@@ -21,12 +21,24 @@ ROWS = [
     {"present", "doctor", "example", "generate", "picture", "plan", "probe", "report", "show"},
     {"engine"},
     {"scheduler"},
-    {"hf", "hf_attention", "hf_layers", "hf_static", "hf_store", "speculate", "parallel"},
+    {"hf", "hf_attention", "hf_layers", "hf_sparse", "hf_static", "hf_store"}
+    | {"speculate", "parallel"},
     {"dropin", "registry"},
     {"sdpa", "sdpa_op", "sdpa_checks", "sdpa_gpu", "sdpa_gpu_op", "paths", "paths_gpu", "policies"}
-    | {"ragged", "ragged_gpu"},
-    {"prefix", "cache", "tiers"},
-    {"batch", "lengths", "rows", "sequence", "slots", "usage"},
+    | {"ragged", "ragged_gpu", "sparse", "selector", "reads", "calibrate"},
+    {"records", "tiers", "tiers_pages"},
+    {"prefix", "cache"},
+    {
+        "batch",
+        "follower",
+        "lengths",
+        "tiers_history",
+        "tiers_order",
+        "rows",
+        "sequence",
+        "slots",
+        "usage",
+    },
     {"device", "tensor", "layout", "shape"},
 ]
 RANK = {name: rank for rank, row in enumerate(reversed(ROWS)) for name in row}
@@ -37,7 +49,7 @@ TESTING_MAY = {"hypothesis"}  # parts of allocator/testing.py, which imports the
 KERNELS_MAY = {"llvmlite", "numba", "numpy", "torch", "triton"}
 VATTN_MAY = {"numpy", "torch"}
 FACE_MAY = VATTN_MAY | {"typer", "rich", "matplotlib", "transformers", "safetensors", "psutil"}
-HF = {"hf", "hf_attention", "hf_layers", "hf_static", "hf_store"}
+HF = {"hf", "hf_attention", "hf_layers", "hf_sparse", "hf_static", "hf_store"}
 MAY = {
     "shape": set(),
     "scheduler": {"numpy"},
@@ -121,6 +133,18 @@ def test_vattn_imports_point_down(path):
         assert found.lazy or path.stem in HF or found.top not in LAZY, f"{place} at its top"
         for target in found.name.split(".")[1:2] if found.top == "vattn" else []:
             assert RANK.get(target, -1) <= rank, f"{place}, which is above it"
+
+
+@pytest.mark.parametrize("path", files("vattn/policies"), ids=lambda path: path.stem)
+def test_policies_know_kernels_and_their_protocol_alone(path):
+    """They own no memory: no cache, no allocator."""
+    for found in imports(path, "vattn.policies"):
+        place = f"{named(path)}:{found.line} imports {found.name}"
+        assert not outside(found, {"torch"}), place
+        if found.top == "vattn":
+            assert found.name.startswith(("vattn.kernels", "vattn.selector", "vattn.policies")), (
+                place
+            )
 
 
 def test_modules_of_a_row_form_no_cycle():

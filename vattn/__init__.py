@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vattn.sdpa import explain as explain
     from vattn.sdpa import scaled_dot_product_attention as scaled_dot_product_attention
     from vattn.sdpa_gpu import batch_invariant as batch_invariant
+    from vattn.sparse import SparseAttention as SparseAttention
+    from vattn.tiers import Tiers as Tiers
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,8 @@ _HOME: dict[str, str | None] = {
     "KVCache": "cache",
     "Layout": "layout",
     "SDPAMode": "dropin",
+    "SparseAttention": "sparse",
+    "Tiers": "tiers",
     "attend": "ragged",
     "attend_lse": "ragged",
     "batch_invariant": "sdpa_gpu",
@@ -37,6 +41,7 @@ _HOME: dict[str, str | None] = {
     "hf": None,
     "patch": "dropin",
     "patched": "dropin",
+    "policies": None,
     "registry": None,
     "scaled_dot_product_attention": "sdpa",
     "shared_prefixes": "prefix",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
+from typing import NoReturn, SupportsIndex
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from .allocator.trace import Trace
 from .allocator.warm import Warmer
 from .batch import Batch, Ints, batch_of
 from .device import Streams, open_pool, place_of
+from .follower import Follower
 from .layout import Layout, LayoutError
 from .lengths import Lengths
 from .rows import Rows
@@ -39,6 +41,13 @@ from .usage import Usage, measure
 
 class PrefixError(VattnError, ValueError):
     """A prefix that the donor does not hold, or may not share."""
+
+
+ALL = 1 << 62  # pages: more than there are
+
+
+class CopyRefused(VattnError, TypeError):
+    """A cache was to be copied or pickled: its rows are memory of this process."""
 
 
 class KVCache:
@@ -134,6 +143,7 @@ class KVCache:
         self._slots = Slots(self.arena, self._frontiers)
         self.opened = self._slots.generation
         self.versions = np.zeros(slots, np.int64)  # grows when rows that a view saw go away
+        self.followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self._reclaim = _weak_reclaimer(self)
         pool.reclaimers.append(self._reclaim)
         weakref.finalize(self, _forget, pool.reclaimers, self._reclaim)
@@ -248,7 +258,8 @@ class KVCache:
         return self._frontiers.plan(batch, tokens, ahead=ahead and self._frontiers.ahead)
 
     def extend(self, sequences: Seq[Sequence] | Batch, tokens: int | Ints = 1) -> None:
-        """Map pages for ``tokens`` more tokens of every sequence, or for none.
+        """Map pages for ``tokens`` more tokens of every sequence, or for none; what other sequences
+        share of these rows is copied.
 
         Raises:
             OutOfPages: the budget does not cover it. OutOfRange: negative, or ``max_tokens``
@@ -259,6 +270,9 @@ class KVCache:
         batch = self.batch(sequences)
         tokens = self._frontiers.check_tokens(tokens, len(batch.slots))
         self._frontiers.extend(batch, tokens)
+        # They may be written through a view (`commit`): not into somebody else's page.
+        ends = self.tokens[batch.slots] + tokens
+        self._frontiers.unshare(batch, np.minimum.reduce(self.lengths[batch.slots], axis=1), ends)
 
     def append(
         self,
@@ -378,8 +392,11 @@ class KVCache:
             OutOfPages, MapLimitError, DriverError: nothing changed.
         """
         slot = self._slot(sequence)
-        self._frontiers.truncate(sequence, self._which(layer), tokens)
+        which = self._which(layer)
+        self._frontiers.truncate(sequence, which, tokens)
         self.versions[slot] += 1
+        for follower in self.followers:
+            follower.shrunk(np.array([slot]), which, tokens)
 
     def commit(
         self, sequences: Seq[Sequence] | Batch, tokens: int, layer: int | None = None
@@ -431,6 +448,8 @@ class KVCache:
         except BaseException:
             self._slots.discard(child.slot)
             raise
+        for follower in self.followers:
+            follower.forked(source, child.slot, tokens, child.tenant)
         return child
 
     def select(self, sequences: Seq[Sequence], order: Seq[int]) -> list[Sequence]:
@@ -450,6 +469,10 @@ class KVCache:
             for child in children:
                 self._slots.discard(child.slot)
             raise
+        for follower in self.followers:
+            for child, i in zip(children, order, strict=True):
+                donor = many[i].slot
+                follower.forked(donor, child.slot, int(self.tokens[donor]), child.tenant)
         return children
 
     def reorder(self, sequences: Seq[Sequence] | Batch, order: Seq[int]) -> None:
@@ -457,7 +480,9 @@ class KVCache:
         are remapped, only partly filled tails are copied.
 
         Raises:
-            PrefixError: ``order`` is not one index per sequence. Otherwise as `fork`.
+            PrefixError: ``order`` is not one index per sequence. PageStateError: windows of these
+            sequences have slid apart, and a live view shows pages that would go: drop the view
+            first. Otherwise as `fork`.
         """
         batch = self._of_one_tenant(sequences)
         source = np.asarray(order, np.int64)
@@ -470,6 +495,8 @@ class KVCache:
         self.arena.permute(slots, source, full, tail, tenant=batch.sequences[0].tenant)
         self._frontiers.permute(slots, source)
         self.versions[slots] += 1
+        for follower in self.followers:
+            follower.permuted(slots, source, batch.sequences[0].tenant)
 
     # ---- closing -------------------------------------------------------------------------------
     def close_sequence(self, sequence: Sequence) -> None:
@@ -482,6 +509,8 @@ class KVCache:
         slot = self._slot(sequence)
         self.versions[slot] += 1
         self._slots.close(slot)
+        for follower in self.followers:
+            follower.shrunk(np.array([slot]), slice(None), 0)
 
     def advance(self) -> None:
         """Step boundary: pages released a step ago are unmapped, quarantined ones become free."""
@@ -491,6 +520,8 @@ class KVCache:
             excess = self._slots.retained() - self.retain_bytes // self.layout.page
             if excess > 0:
                 self._slots.reclaim(excess)
+        for follower in self.followers:
+            follower.advanced()
         self.pool.advance()
 
     def reclaim(self, pages: int) -> int:
@@ -500,7 +531,8 @@ class KVCache:
     def trim(self) -> int:
         """Give all memory without live tokens back to the system; returns bytes."""
         before = self.pool.created
-        self.reclaim(self.pool.mapped)
+        for reclaimer in self.pool.reclaimers:
+            reclaimer(ALL)
         self.advance()
         self.pool.trim()
         return (before - self.pool.created) * self.layout.page
@@ -532,9 +564,17 @@ class KVCache:
         if self.warmer is not None and not self.arena.turn.foreign:
             self.warmer.close()
         _forget(self.pool.reclaimers, self._reclaim)
+        for follower in list(self.followers):
+            follower.closed()
         self.arena.close()
         if self._own_pool:
             self.pool.close()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise CopyRefused(
+            "a KVCache cannot be copied or pickled: its rows are mapped memory of this process. "
+            "Fork its sequences (fork, select), or save clones of their views"
+        )
 
     def __enter__(self) -> KVCache:
         return self

@@ -69,8 +69,19 @@ def generate(
     dtype: Dtype = "auto",
     page_bytes: PageBytes = None,
     rows: Rows = None,
-    budget: Annotated[
+    memory: Annotated[
         str | None, typer.Option(help="Most bytes of pages, such as 512M. Default: 80% of memory.")
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(help="Read few tokens at a step: quest, signs, two-stage, ..."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Tokens that --select may read, or 25% of the prompt, say."),
+    ] = None,
+    host_tier: Annotated[
+        str | None, typer.Option(help="Most bytes of pages in memory; the others lie in a file.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -107,7 +118,10 @@ def generate(
             dtype="float32" if model is None and dtype == "auto" else dtype,
             page_bytes=parse_bytes(page_bytes, "--page-bytes"),
             rows=rows,
-            budget_bytes=parse_bytes(budget, "--budget"),
+            budget_bytes=parse_bytes(memory, "--memory"),
+            select=select,
+            budget=budget,
+            host_bytes=parse_bytes(host_tier, "--host-tier"),
             seed=seed,
             temperature=temperature,
             trace=snapshot is not None,

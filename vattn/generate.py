@@ -18,12 +18,19 @@ from vattn.shape import ConfigError, ModelShape
 if TYPE_CHECKING:
     import torch
 
+    from vattn.reads import ReadLog
+    from vattn.selector import Selector
+
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED_MODEL = ASSETS / "model"
 SHIPPED_TEXT = ASSETS / "texts" / "persuasion.txt"
 CACHES = ("vattn", "dynamic", "static")
 ATTENTIONS = ("vattn", "sdpa", "eager")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+DEFAULT_BUDGET = 1024  # tokens that a selector may read
+# Tokens of a prompt read at once where not all of it need fit into the fast tier.
+CHUNK_TOKENS = 512
+CALIBRATION_TOKENS = 2048  # of the prompt, for selectors that want to see keys first
 # Points of the memory curve kept per run: enough for a picture, too few to slow the run down.
 _SAMPLES = 256
 # A character has at most this many byte tokens: what is no character by then is shown as it is.
@@ -53,6 +60,9 @@ class Request:
     page_bytes: int | None = None
     rows: str | None = None
     budget_bytes: int | None = None
+    select: str | None = None
+    budget: str | None = None
+    host_bytes: int | None = None
     seed: int = 0
     temperature: float = 0.0
     trace: bool = False
@@ -74,8 +84,38 @@ class Request:
             )
         if self.context is not None and self.context < 1:
             raise RequestError(f"--context must be at least 1 token, got {self.context}")
+        self._check_selection()
         if self.temperature < 0:
             raise RequestError(f"--temperature must not be negative, got {self.temperature}")
+
+    def budget_tokens(self, prompt_tokens: int) -> int:
+        """Tokens that ``select`` may read, of a prompt so long.
+
+        Raises:
+            RequestError: neither a number nor a share of 0% to 100%.
+        """
+        text = self.budget or f"{DEFAULT_BUDGET}"
+        try:
+            if not text.endswith("%"):
+                return int(text)
+            share = float(text[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:
+            raise RequestError(
+                f"--budget is a number of tokens or a share of the prompt such as 25%, got {text!r}"
+            )
+        return int(prompt_tokens * share)
+
+    def _check_selection(self) -> None:
+        if self.select is None:
+            if self.budget is not None:
+                raise RequestError("--budget is what --select may read: name a selector, too")
+        elif self.attention != "vattn":
+            raise RequestError(f"--select needs --attn vattn, got {self.attention}")
+        for name, value in (("select", self.select), ("host-tier", self.host_bytes)):
+            if value is not None and self.cache != "vattn":
+                raise RequestError(f"--{name} needs --cache vattn, got {self.cache}")
 
 
 @dataclass
@@ -87,6 +127,7 @@ class Run:
     curve: list[tuple[int, int, int]]
     peak_bytes: int
     cache: Any
+    reads: ReadLog | None = None
 
 
 @dataclass
@@ -104,6 +145,7 @@ class Watch:
     peak_bytes: int = 0
     times: list[float] = field(default_factory=list)
     curve: list[tuple[int, int, int]] = field(default_factory=list)
+    reads: ReadLog | None = None
     _line: list[int] = field(default_factory=list)
     _shown: int = 0
     _held: int = 0
@@ -116,6 +158,7 @@ class Watch:
         if not self._prompt:
             self._prompt = tokens.shape[-1]
         else:
+            self._log()
             self.times.append(now - self._started)
             self._line.append(int(tokens.reshape(-1)[0]))
             self._emit()
@@ -125,6 +168,16 @@ class Watch:
                 self.curve.append((self._prompt + step - 1, *held(self.cache)))
             self.on_step(step)
         self._started = time.perf_counter()
+
+    def _log(self) -> None:
+        """Log what the middle layer reads of the first sequence, once there is a cache."""
+        store: Any = getattr(self.cache, "store", None)
+        sparse = getattr(store, "sparse", None)
+        if self.curve_every and self.reads is None and sparse is not None:
+            from vattn.reads import ReadLog
+
+            layer = sparse.cache.layout.layers // 2
+            self.reads = ReadLog(sparse, layer, store.sequences[0].slot)
 
     def end(self) -> None:
         """Called by ``generate`` after the last token."""
@@ -178,6 +231,7 @@ class Generator:
         dtype_name = str(self.model.dtype).removeprefix("torch.")
         self.shape = ModelShape.from_config(self.model.config.to_dict(), dtype=dtype_name)
         self.ids, self.mask = self._prompt()
+        self.selector = self._selector()
         if request.cache == "vattn":
             self._check_layout()
 
@@ -208,7 +262,12 @@ class Generator:
         store = self._open(cache)
         every = max(1, request.new_tokens // _SAMPLES) if curve else None
         watch = Watch(on_text, on_step, self._decode, store, every)
-        sampling = {"do_sample": True, "temperature": request.temperature}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": request.temperature}
+        if not request.temperature:
+            sampling = {"do_sample": False}
+        if request.host_bytes is not None:
+            step = request.host_bytes // 4 // (self.shape.bytes_per_token * request.batch)
+            sampling["prefill_chunk_size"] = max(16, min(CHUNK_TOKENS, step))
         torch.manual_seed(request.seed)
         with torch.inference_mode():
             self.model(self.ids[:, :1], use_cache=False)  # warm up: page in the weights
@@ -220,10 +279,17 @@ class Generator:
                 max_new_tokens=request.new_tokens,
                 pad_token_id=self._pad(),
                 streamer=watch,
-                **(sampling if request.temperature else {"do_sample": False}),
+                **sampling,
             )
         timing = Timing(watch.times[0], tuple(watch.times[1:]), request.batch)
-        return Run(output[:, self.prompt_tokens :], timing, watch.curve, watch.peak_bytes, store)
+        return Run(
+            output[:, self.prompt_tokens :],
+            timing,
+            watch.curve,
+            watch.peak_bytes,
+            store,
+            watch.reads,
+        )
 
     def text(self, run: Run, row: int = 0) -> str:
         return self._decode(run.tokens[row].tolist())
@@ -274,6 +340,25 @@ class Generator:
         asked = {"page_bytes": self.request.page_bytes, "rows": self.request.rows}
         layout.with_(**{name: value for name, value in asked.items() if value is not None})
 
+    def _selector(self) -> Selector | None:
+        if self.request.select is None:
+            return None
+        from vattn.policies.names import selector
+
+        budget = self.request.budget_tokens(self.prompt_tokens)
+        return selector(self.request.select, budget, self._keys)
+
+    def _keys(self) -> torch.Tensor:
+        """Keys of the beginning of the first prompt, [layers, kv_heads, n, head_dim]."""
+        import torch
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        row = self.ids[0][self.mask[0].bool()][:CALIBRATION_TOKENS]
+        with torch.inference_mode():
+            self.model(row[None], past_key_values=cache)
+        return torch.stack([layer.keys[0] for layer in cache.layers])
+
     def _open(self, cache: str) -> Any:
         from transformers import DynamicCache, StaticCache
 
@@ -293,6 +378,10 @@ class Generator:
             "trace": request.trace or None,
         }
         options.update({name: value for name, value in chosen.items() if value is not None})
+        if self.selector is not None:
+            options["selector"] = self.selector
+        if request.host_bytes is not None:
+            options["tiers"] = {"fast_bytes": request.host_bytes}
         return VattnCache(config, **options)
 
 

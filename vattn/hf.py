@@ -15,7 +15,7 @@ Importing this module registers and replaces nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,11 +25,13 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from vattn.cache import KVCache
+from vattn.cache import CopyRefused, KVCache
 from vattn.hf_attention import UnsupportedError, attention, register
 from vattn.hf_layers import VattnLayer, VattnSlidingLayer
 from vattn.hf_static import VattnStaticLayer
-from vattn.hf_store import CopyRefused, Options, Store
+from vattn.hf_store import Options, Store
+from vattn.selector import Selector
+from vattn.sparse import Activity
 from vattn.usage import Usage
 
 __all__ = [
@@ -67,6 +69,11 @@ class VattnCache(DynamicCache):
         budget_bytes: most bytes of pages; 80% of the available memory by default.
         slots: most sequences, deepcopies included; address space only. 64 or more by default.
         trace: record every map and unmap.
+        selector: what decode steps of full-attention layers read, see `vattn.policies`; None:
+            everything. The model's attention must be "vattn" then.
+        tiers: arguments of `vattn.tiers.Tiers` (``{"fast_bytes": 4 << 30}``): pages beyond go to a
+            slower tier. A prompt that is larger than the fast tier must be read in chunks
+            (``generate(prefill_chunk_size=...)``).
 
     Raises:
         UnsupportedError: the model has layers that this cache does not hold.
@@ -83,6 +90,8 @@ class VattnCache(DynamicCache):
         budget_bytes: int | None = None,
         slots: int | None = None,
         trace: bool = False,
+        selector: Selector | None = None,
+        tiers: Mapping[str, Any] | None = None,
     ) -> None:
         self.store = Store(
             Options(
@@ -93,6 +102,8 @@ class VattnCache(DynamicCache):
                 budget_bytes=budget_bytes,
                 slots=slots,
                 trace=trace,
+                selector=selector,
+                tiers=tiers,
             )
         )
         layers = [_layer(self.store, kind, more) for kind, more in _kinds(config)]
@@ -107,6 +118,10 @@ class VattnCache(DynamicCache):
     def stats(self) -> Usage:
         """Bytes reserved, mapped, used and wasted. Raises ClosedError before the first tokens."""
         return self.store.cache.stats()
+
+    def activity(self) -> list[Activity]:
+        """What each layer read under the selector; [] without one, or before the first tokens."""
+        return [] if self.store.sparse is None else self.store.sparse.activity()
 
 
 class VattnStaticCache(Cache):
@@ -169,7 +184,8 @@ def enable(max_tokens: int, **options: Any) -> Iterator[None]:
 
     Args:
         max_tokens: most tokens of a sequence; address space only.
-        **options: rows, group_layers, page_bytes, budget_bytes, slots, trace, as `VattnCache`.
+        **options: rows, group_layers, page_bytes, budget_bytes, slots, trace, selector, tiers,
+            as `VattnCache`.
     """
     chosen = Options(max_tokens, **options)
     before = {kind: DYNAMIC_LAYER_TYPE_MAPPING[kind] for kind in SERVED}

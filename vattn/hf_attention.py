@@ -75,6 +75,12 @@ def attention(
             'Use attn_implementation="eager" to look at them.'
         )
     length = query.shape[2]
+    reader = getattr(key, "vattn_reader", None)  # see `hf_sparse`
+    if reader is not None:
+        refused = {"softcap": softcap, "s_aux": s_aux is not None, "dropout": dropout}
+        chosen = reader.attend(query, attention_mask, scaling, refused)
+        if chosen is not None:
+            return chosen.transpose(1, 2).contiguous(), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = length > 1 and attention_mask is None and causal
     if causal and key.shape[2] > length:

@@ -63,7 +63,10 @@ class VattnLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Append rows [B, Hkv, n, D]; returns all rows to attend to, as views."""
         self._append(key_states, value_states)
-        return self.store.rows(self.index)
+        key, value = self.store.rows(self.index)
+        if self.store.sparse is not None:
+            self.store.reader(self.index).mark(key)
+        return key, value
 
     def get_seq_length(self) -> int:
         """Tokens held."""

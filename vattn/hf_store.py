@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -22,20 +23,20 @@ from torch import Tensor
 
 from vattn.allocator.errors import ClosedError, VattnError
 from vattn.batch import Batch
-from vattn.cache import KVCache
+from vattn.cache import CopyRefused, KVCache
 from vattn.hf_attention import UnsupportedError
+from vattn.hf_sparse import Reader
 from vattn.layout import Layout, LayoutError
+from vattn.selector import Selector
 from vattn.sequence import Sequence
+from vattn.sparse import SparseAttention
+from vattn.tiers import Tiers
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 _ids = itertools.count()
 _stores: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
-
-
-class CopyRefused(VattnError, TypeError):
-    """A cache was to be pickled: its rows are memory of this process."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Options:
     slots: int | None = None
     trace: bool = False
     zero_backed: bool = False
+    selector: Selector | None = None
+    tiers: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -94,6 +97,9 @@ class Store:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.kv: KVCache | None = None
+        self.sparse: SparseAttention | None = None
+        self.tiers: Tiers | None = None
+        self._readers: dict[int, Reader] = {}
         self._owner: Owner | None = None
         self.layers = 0
         self.sequences: list[Sequence] = []
@@ -126,6 +132,11 @@ class Store:
             if self.kv is None or not _fits(self.kv.layout, key):
                 self.kv = self.options.open(self.layers, batch, key)
                 self._owner = Owner(self.kv)
+                if self.options.tiers is not None:
+                    self.tiers = Tiers(self.kv, **self.options.tiers)
+                if self.options.selector is not None:
+                    self.sparse = SparseAttention(self.kv, self.options.selector, self.tiers)
+                    self._readers.clear()
             self._hold(self.kv.open_batch(batch))
         elif batch != len(self.sequences):
             raise LayoutError(
@@ -192,6 +203,14 @@ class Store:
         self.settle(layer)
         cache, slots = self.cache, [sequence.slot for sequence in self.sequences]
         return cache.tensor(slots, layer, 0), cache.tensor(slots, layer, 1)
+
+    def reader(self, layer: int) -> Reader:
+        """What reads a layer under the selector."""
+        found = self._readers.get(layer)
+        if found is None:
+            assert self.sparse is not None
+            found = self._readers[layer] = Reader(self, self.sparse, layer)
+        return found
 
     def keep_last(self, layer: int, tokens: int) -> None:
         """Say that only a layer's last `tokens` rows will be read again. Pages in front of them
@@ -285,6 +304,7 @@ class Store:
         twin = Store(self.options)
         memo[id(self)] = twin
         twin.kv, twin._owner = self.kv, self._owner
+        twin.sparse, twin.tiers = self.sparse, self.tiers
         twin.layers, twin._filled = self.layers, set(self._filled)
         twin._orders = copy.deepcopy(self._orders, memo)
         if self.sequences and self.options.zero_backed:

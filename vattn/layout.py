@@ -29,6 +29,7 @@ ITEM_BYTES = {
     "bfloat16": 2,
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
+    "uint8": 1,
 }
 MIN_PAGE_BYTES, MAX_PAGE_BYTES = 4 << 10, 2 << 20
 # A page of 32 tokens wastes 16 rows a lane on average: 1.1% of real chat traffic (Azure 2023).
@@ -56,11 +57,12 @@ class Layout:
         layers: attention layers of the model.
         kv_heads, head_dim: of K and of V.
         max_tokens: most tokens of a sequence; address space only.
-        dtype: "float32", "float16", "bfloat16", "float8_e4m3fn" or "float8_e5m2".
+        dtype: "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2" or "uint8".
         rows, group_layers: see the table above.
         page_bytes: a multiple of 4 KiB; None picks `default_page_bytes` of the row.
         layer_map: physical layer of each layer, where several layers share one KV
             (cross-layer sharing, Layer-Condensed KV); None gives each layer its own.
+        sides: tensors of a layer: 2, K and V; 1 for what is kept of K (`vattn.records`).
 
     Raises:
         LayoutError: a field is out of range; the message names it.
@@ -75,6 +77,7 @@ class Layout:
     group_layers: int = 1
     page_bytes: int | None = None
     layer_map: tuple[int, ...] | None = None
+    sides: Literal[1, 2] = 2
     page: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +89,8 @@ class Layout:
             raise LayoutError(f"dtype must be one of {sorted(ITEM_BYTES)}, got {self.dtype!r}")
         if self.rows not in ("head_major", "token_major"):
             raise LayoutError(f"rows must be 'head_major' or 'token_major', got {self.rows!r}")
+        if self.sides not in (1, 2):
+            raise LayoutError(f"sides must be 1 or 2, got {self.sides!r}")
         self._check_layer_map()
         if self.group_layers > self.physical_layers:
             raise LayoutError(
@@ -136,7 +141,7 @@ class Layout:
     def lanes_per_group(self) -> int:
         """Lanes that hold one group of layers."""
         heads = self.kv_heads if self.rows == "head_major" else 1
-        return heads * (2 if self.group_layers == 1 else 1)
+        return heads * (self.sides if self.group_layers == 1 else 1)
 
     @cached_property
     def lanes(self) -> int:
@@ -147,7 +152,7 @@ class Layout:
     def row_bytes(self) -> int:
         """Bytes of one token in one lane."""
         heads = 1 if self.rows == "head_major" else self.kv_heads
-        sides = 1 if self.group_layers == 1 else 2 * self.group_layers
+        sides = 1 if self.group_layers == 1 else self.sides * self.group_layers
         return sides * heads * self.head_dim * self.item_bytes
 
     @cached_property
@@ -208,9 +213,9 @@ class Layout:
         group, inner = divmod(physical, self.group_layers)
         lane = group * self.lanes_per_group
         if self.group_layers == 1:
-            return (lane + side * (self.lanes_per_group // 2)) * self.lane_bytes
+            return (lane + side * (self.lanes_per_group // self.sides)) * self.lane_bytes
         heads = 1 if self.rows == "head_major" else self.kv_heads
-        within = (inner * 2 + side) * heads * self.head_dim * self.item_bytes
+        within = (inner * self.sides + side) * heads * self.head_dim * self.item_bytes
         return lane * self.lane_bytes + within
 
     def layers_of(self, lane: int) -> range:

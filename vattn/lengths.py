@@ -94,6 +94,14 @@ class Lengths:
         ends = lengths + counts
         if np.logical_or.reduce(ends > self.room[batch.pick]):
             self.extend(batch, ends - self.tokens[batch.slots])
+        self.unshare(batch, lengths, ends)
+
+    def unshare(self, batch: Batch, lengths: Ints, ends: Ints) -> None:
+        """Make the rows ``lengths .. ends``, which are mapped, private.
+
+        Raises:
+            OutOfPages, MapLimitError, DriverError: no row has changed.
+        """
         first = lengths * self.layout.row_bytes // self.layout.page
         shared = first < self.arena.shared_to[batch.pick]
         if not np.logical_or.reduce(shared):

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vattn.report import size
 from vattn.show import KINDS, RESERVED, RETAINED, SHARED, TAIL, USED, Band, MemoryMap
 
@@ -36,14 +39,36 @@ class History:
     marks: Mapping[float, str] = field(default_factory=dict)
 
 
-def draw(path: Path, memory: MemoryMap, history: History | None, *, title: str) -> None:
-    """Write the picture as PNG (or whatever ``path`` ends in): the map above, the history below."""
+@dataclass(frozen=True)
+class Reads:
+    """What one layer of a sequence read, and where it lay.
+
+    ``shares`` [steps, spans] from 0 to 1: how much of each span of ``page_tokens`` tokens was read
+    at each step; ``slow`` the same shape: the share of it that lay in the slow tier, or None.
+    """
+
+    layer: int
+    page_tokens: int
+    shares: NDArray[np.float32]
+    slow: NDArray[np.float32] | None = None
+
+
+def draw(
+    path: Path,
+    memory: MemoryMap,
+    history: History | None,
+    reads: Reads | None = None,
+    *,
+    title: str,
+) -> None:
+    """Write the picture as PNG (or whatever ``path`` ends in): the map above, below it the history
+    and what was read."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     bands = memory.bands[:_MOST_BANDS]
     map_height = 1.1 + 0.42 * max(1, len(bands))
-    heights = [map_height] + ([3.2] if history else [])
+    heights = [map_height] + ([3.2] if history else []) + ([3.6] if reads else [])
     style = {
         "font.size": 10,
         "font.family": "DejaVu Sans",
@@ -60,6 +85,8 @@ def draw(path: Path, memory: MemoryMap, history: History | None, *, title: str) 
         _draw_map(axes[0], memory, bands)
         if history:
             _draw_history(axes[1], history)
+        if reads:
+            _draw_reads(axes[-1], reads)
         figure.savefig(path, dpi=130, facecolor=_PAPER)
 
 
@@ -150,6 +177,33 @@ def _draw_history(axes: Axes, history: History) -> None:
     axes.legend(loc="best", frameon=False, fontsize=9)
     axes.grid(axis="y", color="#e6eaee", lw=0.8)
     axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _draw_reads(axes: Axes, reads: Reads) -> None:
+    """Steps to the right, tokens upwards: dark where all KV heads read, warm what lay in a file."""
+    import matplotlib as mpl
+
+    steps, spans = reads.shares.shape
+    extent = (0, steps, 0, spans * reads.page_tokens)
+    where = {"origin": "lower", "aspect": "auto", "extent": extent, "interpolation": "nearest"}
+    if reads.slow is not None:
+        tint = mpl.colors.LinearSegmentedColormap.from_list("slow", [_PAPER, _COLORS[TAIL]])
+        axes.imshow(reads.slow.T, cmap=tint, vmin=0, vmax=1.6, **where)
+    ink = mpl.colors.LinearSegmentedColormap.from_list("read", ["#2f6db500", "#16324f"])
+    axes.imshow(reads.shares.T, cmap=ink, vmin=0, vmax=1, **where)
+    axes.set_xlabel("decode step")
+    axes.set_ylabel("token")
+    part = float(reads.shares.mean())
+    tier = "" if reads.slow is None else "; on orange ground: in the slow tier"
+    axes.set_title(
+        f"Tokens that layer {reads.layer} read, the darker by the more KV heads ({part:.0%} of "
+        f"all){tier}",
+        loc="left",
+        fontsize=10,
+        color=_FAINT,
+    )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from vattn.report import (
     memory_table,
     peer_rows,
     plain_table,
+    size,
     step_peak,
     vattn_row,
 )
@@ -148,7 +149,7 @@ class Session:
 
             title = f"{generator.shape.name}, {generator.shape.layers} layers: "
             title += f"{generator.prompt_tokens:,} tokens read, {run.tokens.shape[1]:,} written"
-            draw(outputs.plot, map_of(kv), history_of(generator, run), title=title)
+            draw(outputs.plot, map_of(kv), history_of(generator, run), reads_of(run), title=title)
             files["plot"] = str(outputs.plot)
         if outputs.snapshot:
             from vattn.show import snapshot_of
@@ -170,6 +171,10 @@ class Session:
             self.out.print(maps_line(report["memory"]), highlight=False, soft_wrap=True)
         if self.outputs.compare:
             self.out.print(verdict(report["compare"]))
+        if "activity" in report:
+            self.out.print(activity_line(run), highlight=False, soft_wrap=True)
+        if "tiers" in report:
+            self.out.print(tiers_line(report["tiers"]), highlight=False, soft_wrap=True)
         for name, path in report["files"].items():
             self.out.print(f"{name} written to {path}", highlight=False, soft_wrap=True)
 
@@ -201,6 +206,11 @@ def build_report(generator: Generator, run: Run, stock: Run | None) -> dict[str,
         from vattn.show import map_of
 
         report["map"] = map_of(kv).to_dict()
+    store = getattr(run.cache, "store", None)
+    if store is not None and store.sparse is not None:
+        report["activity"] = [asdict(layer) for layer in run.cache.activity()]
+    if store is not None and store.tiers is not None:
+        report["tiers"] = store.tiers.stats().to_dict()
     if stock is not None:
         same, total = same_tokens(run.tokens, stock.tokens)
         report["compare"] = {
@@ -242,6 +252,49 @@ def history_of(generator: Generator, run: Run) -> Any:
         run.curve,
         levels={row.name: row.mapped_bytes for row in peers[1:]},
         curves={"DynamicCache while it grows": dynamic},
+    )
+
+
+def reads_of(run: Run) -> Any:
+    """What the logged layer read, step by step, and where it lay; None where nothing was logged."""
+    import numpy as np
+
+    from vattn.picture import Reads
+
+    log, store = run.reads, getattr(run.cache, "store", None)
+    if log is None or store is None or not log.steps:
+        return None
+    sequence, kv = store.sequences[0], run.cache.kv
+    tokens, page_tokens = sequence.length, max(1, int(kv.layout.tokens_per_page))
+    shares, slow = log.shares(page_tokens, tokens), None
+    if store.tiers is not None:
+        steps, lived = store.tiers.timeline(sequence, log.layer)
+        last = store.tiers.steps - log.steps + 1 + np.arange(log.steps)
+        slow = lived[np.searchsorted(steps, last, side="right") - 1][:, : shares.shape[1]]
+    return Reads(log.layer, page_tokens, shares, slow)
+
+
+def activity_line(run: Run) -> str:
+    """What share of the tokens the decode steps read, over layers; what moved between tiers."""
+    found = run.cache.activity()
+    read, there = sum(a.read for a in found), sum(a.there for a in found)
+    dense = sum(a.dense_steps for a in found)
+    steps = sum(a.steps for a in found)
+    nbytes = run.cache.store.sparse.nbytes
+    return (
+        f"decode steps read {read / max(1, there):.1%} of the tokens ({dense:,} of {steps:,} layer "
+        f"steps everything); index {size(nbytes)}"
+    )
+
+
+def tiers_line(stats: dict[str, int]) -> str:
+    """Where the pages lie and what moved."""
+    uses = stats["hits"] + stats["misses"]
+    found = f"; {stats['hits'] / uses:.1%} of the pages read lay in memory" if uses else ""
+    return (
+        f"memory {size(stats['fast_bytes'])} of {size(stats['fast_budget_bytes'])}, file "
+        f"{size(stats['slow_bytes'])}; {size(stats['demoted_bytes'])} went there and "
+        f"{size(stats['promoted_bytes'])} came back, {size(stats['copied_bytes'])} copied{found}"
     )
 
 

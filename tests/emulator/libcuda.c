@@ -51,7 +51,7 @@ enum { DEVICES = 4, HOST = DEVICES, PLACES = DEVICES + 1, ATTRIBUTES = 256 };
     X(cuMemSetAccess) X(cuMemGetAccess) X(cuMemRetainAllocationHandle) \
     X(cuMemGetAllocationGranularity) X(cuMemGetAllocationPropertiesFromHandle) \
     X(cuMemExportToShareableHandle) X(cuMemImportFromShareableHandle) X(cuMemcpyDtoD) \
-    X(cuMemcpyDtoDAsync) X(cuMemsetD8) X(cuMemsetD8Async) \
+    X(cuMemcpyDtoDAsync) X(cuMemcpyAsync) X(cuMemsetD8) X(cuMemsetD8Async) \
     X(cuStreamCreate) X(cuStreamDestroy) X(cuStreamSynchronize) X(cuStreamQuery) \
     X(cuStreamWaitEvent) X(cuEventCreate) X(cuEventDestroy) X(cuEventRecord) X(cuEventQuery) \
     X(cuEventSynchronize)
@@ -627,6 +627,11 @@ CUresult cuMemcpyDtoD(u64 to, u64 from, size_t size) {
 }
 CUresult cuMemcpyDtoDAsync(u64 to, u64 from, size_t size, u64 stream) {
     CALL(cuMemcpyDtoDAsync, CONTEXT);
+    return enqueue((Work){ .kind = COPY, .to = to, .from = from, .size = size, .stream = stream });
+}
+/* Host memory of cuMemCreate has unified addresses, too; other host memory is not taken here. */
+CUresult cuMemcpyAsync(u64 to, u64 from, size_t size, u64 stream) {
+    CALL(cuMemcpyAsync, CONTEXT);
     return enqueue((Work){ .kind = COPY, .to = to, .from = from, .size = size, .stream = stream });
 }
 CUresult cuStreamCreate(u64 *stream, unsigned flags) {

@@ -10,8 +10,18 @@ from bench.compiled.calls.decode import DECODE
 from bench.compiled.calls.hopper import HOPPER
 from bench.compiled.calls.paged import PAGED
 from bench.compiled.calls.prefill import PREFILL
+from bench.compiled.calls.sparse import SPARSE
 
-FAMILIES: tuple[list[Call], ...] = (APPEND, DECODE, PAGED, CASCADE, PREFILL, HOPPER, BACKWARD)
+FAMILIES: tuple[list[Call], ...] = (
+    APPEND,
+    DECODE,
+    PAGED,
+    CASCADE,
+    PREFILL,
+    HOPPER,
+    BACKWARD,
+    SPARSE,
+)
 
 # The quick ones first: a kernel that several calls end in bears the first one's name.
 CALLS: dict[str, Call] = {

@@ -1,0 +1,1 @@
+"""Small models that learn to recall in seconds, and what it costs them to read less."""

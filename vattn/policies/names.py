@@ -1,0 +1,64 @@
+"""Selectors by name, for a command line: those that need a budget, and keys to be made for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from inspect import signature
+from typing import Any
+
+from torch import Tensor
+
+import vattn.policies
+from vattn.policies import Graded, Landmark, Nibbles, Quest, Sampled, TwoStage
+from vattn.selector import Selector, SelectorError
+
+
+def named() -> dict[str, type[Selector]]:
+    """Selectors by their names in lower case ("two-stage"), but for those that ask for more than
+    keys: recorded queries."""
+    found = (getattr(vattn.policies, name) for name in vattn.policies.__all__)
+    return {
+        re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", kind.__name__).lower(): kind
+        for kind in found
+        if isinstance(kind, type) and issubclass(kind, Selector) and _needs_keys_at_most(kind)
+    }
+
+
+def selector(name: str, budget_tokens: int, keys: Callable[[], Tensor]) -> Selector:
+    """The selector of that name with a budget; ``keys`` records some, [layers, Hkv, n, D], where it
+    is to be calibrated.
+
+    Raises:
+        SelectorError: there is none, or the budget is too small for it.
+    """
+    kinds = named()
+    if name not in kinds:
+        raise SelectorError(f"no selector {name!r}: choose one of {', '.join(sorted(kinds))}")
+    kind = kinds[name]
+    options: dict[str, Any] = {"budget_tokens": budget_tokens}
+    if not hasattr(kind, "calibrate"):
+        return kind(**options, **_parts_of(kind, budget_tokens))
+    recorded = keys()
+    if kind is Graded:  # of small heads fewer components are worth four bits
+        options["fine"] = max(2, min(8, recorded.shape[-1] // 8 * 2))
+    calibrated: Selector = kind.calibrate(recorded, **options)
+    return calibrated
+
+
+def _parts_of(kind: type[Selector], budget_tokens: int) -> dict[str, Any]:
+    """How a selector made of others shares its budget with them."""
+    if kind is Sampled:
+        return {"base": Nibbles(budget_tokens=budget_tokens // 2)}
+    if issubclass(kind, TwoStage):
+        return {"base": Quest(budget_tokens=4 * budget_tokens)}
+    if kind is Landmark:
+        return {"outliers": min(48, budget_tokens // 32)}
+    return {}
+
+
+def _needs_keys_at_most(kind: type[Selector]) -> bool:
+    if hasattr(kind, "calibrate"):
+        return "queries" not in signature(kind.calibrate).parameters
+    return all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(kind))
