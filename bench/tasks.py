@@ -1,16 +1,16 @@
 """Accuracy when little is read: our model and toys, every selector, budgets of 1/4 to 1/32.
 
-The shipped model recalls pass keys and named numbers; toys that train in a minute look up pairs
-(`pairs`), rows among many rows (`lookup`), follow chains (`tracking`) and name the most frequent
-words (`frequent`): `bench.toys.problems`. A context is read whole, then every token of a question
-and of its answer is a step of decoding that reads what the selector chooses; several questions are
-asked of a context. A figure is the share of questions whose whole answer is right.
+The shipped model recalls pass keys and named numbers; toys that train in minutes look up one of
+many keys (`pairs`), follow chains (`tracking`) and name the most frequent word (`frequent`), see
+`bench.toys.problems`. A context is read whole, then every token of a question and of its answer is
+a step of decoding that reads what the selector chooses; several questions are asked of a context.
+A figure is the share of questions whose whole answer is right.
 
 The dense row comes first and everything is measured against it; `random` reads as much by chance;
 `exact`, and `sampled` (half of its budget exact, half a weighted sample of the rest), read all of K
-to choose, and say what an index can reach at best. Behind a red gate: a selector
-that read more than its budget, or everything; a model that is wrong without a selector; a task that
-reading by chance solves.
+to choose, and say what an index can reach at best. Behind a red gate: a selector that read more
+than its budget, or nothing; a model that is wrong without a selector; a task that reading by chance
+solves.
 
     python -m bench tasks                    three seeds, with a progress bar
     python -m bench tasks --state FILE       the same; what is done is kept and not done again

@@ -539,3 +539,22 @@ def test_token_counts_are_checked(cache, tokens):
 def test_a_cache_is_not_copied_by_value(cache, act):
     with pytest.raises(CopyRefused, match="Fork its sequences"):
         act(cache)
+
+
+def test_a_slot_whose_pages_would_not_go_is_emptied_later():
+    layout = layout_of("per_layer")
+    backend = CheckedBackend(HostBackend(layout.page))
+    with KVCache(layout, slots=2, pool=Pool(backend, budget_bytes=8 << 20)) as cache:
+        first = cache.open()
+        fill(cache, [first], 200, torch.Generator().manual_seed(1))
+        twin = cache.fork(first)
+        backend.fail_at = backend.count
+        with pytest.raises(DriverError, match="Injected"):
+            twin.close()
+        backend.fail_at = None
+        assert twin.closed
+        with pytest.raises(OutOfRange, match="all 2 slots"):
+            cache.open()
+        cache.advance()
+        cache.open()
+        cache.check()

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
     {"__main__"},
     {"cli"},
-    {"present", "doctor", "example", "generate", "picture", "plan", "probe", "report", "show"},
+    {"present", "doctor", "example", "generate", "picture", "plan", "probe", "report", "show"}
+    | {"watch"},
     {"engine"},
     {"scheduler"},
     {"hf", "hf_attention", "hf_layers", "hf_sparse", "hf_static", "hf_store"}

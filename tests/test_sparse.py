@@ -290,3 +290,13 @@ def test_tokens_of_a_selection_name_every_page_of_memory():
                     ids = found.ids[0, head, : int(found.count[0, head])].long()
                     every = (ids[:, None] * size + torch.arange(size)).flatten().numpy()
                     assert set(some // per_page) == set(every // per_page)
+
+
+def test_more_query_tokens_than_the_budget_has_room_for_are_refused():
+    with make() as cache:
+        (a,) = cache.open_batch(1)
+        fill(cache, [a], 400)
+        with SparseAttention(cache, Signs(budget_tokens=40, recent_tokens=32)) as sparse:
+            assert sparse.attend(ask([a], 4), cache.view([a]), 0).isfinite().all()
+            with pytest.raises(SelectorError, match="6 query tokens read 41"):
+                sparse.attend(ask([a], 6), cache.view([a]), 0)

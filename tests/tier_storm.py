@@ -217,7 +217,7 @@ class TierStorm:
     def held(self) -> int:
         """References of moves under way: one of each source, one of each new target."""
         mover = self.tiers.mover
-        return sum(len(p.source) + len(p.taken.ids) for p in mover.under_way)
+        return sum(len(p.source) + len(p.fresh) for p in mover.under_way)
 
     def end(self) -> None:
         """Nothing is left."""

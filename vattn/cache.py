@@ -504,13 +504,16 @@ class KVCache:
         sequences share are let go.
 
         Raises:
-            ClosedError: it is closed already.
+            ClosedError: it is closed already. DriverError: it is closed, but shared pages could not
+            be unmapped; the next `advance` tries again.
         """
         slot = self._slot(sequence)
         self.versions[slot] += 1
-        self._slots.close(slot)
-        for follower in self.followers:
-            follower.shrunk(np.array([slot]), slice(None), 0)
+        try:
+            self._slots.close(slot)
+        finally:  # it is closed even if its pages could not be given back yet
+            for follower in self.followers:
+                follower.shrunk(np.array([slot]), slice(None), 0)
 
     def advance(self) -> None:
         """Step boundary: pages released a step ago are unmapped, quarantined ones become free."""

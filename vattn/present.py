@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vattn.generate import Generator, Request, RequestError, Run, held, same_tokens, without_text
+from vattn.generate import Generator, Request, RequestError, Run, same_tokens, without_text
 from vattn.report import (
     MemoryRow,
     memory_table,
@@ -19,6 +19,7 @@ from vattn.report import (
     step_peak,
     vattn_row,
 )
+from vattn.watch import held
 
 if TYPE_CHECKING:
     from rich.console import Console

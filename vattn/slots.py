@@ -137,7 +137,6 @@ class Slots:
         for dirty in list(self._dirty) if slot is None else [slot]:
             if self.arena.pins.item(dirty):
                 continue
-            self._dirty.discard(dirty)
             if self.is_open(dirty):
                 first = self.lengths.first_pages(dirty)
                 self.arena.trim(dirty, first, self.arena.last[dirty])
@@ -145,6 +144,7 @@ class Slots:
                 self.arena.drop(dirty)
                 self.lengths.room[dirty] = 0
                 self._empty[dirty] = None
+            self._dirty.discard(dirty)  # only now: what the system refuses is tried again
 
     def retained(self) -> int:
         """Pages that are mapped without a live token."""

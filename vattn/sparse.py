@@ -27,7 +27,7 @@ from .kernels.selection import Selection
 from .layout import Layout, LayoutError
 from .ragged import attend_lse as dense_lse
 from .records import Records
-from .selector import Look, Selector
+from .selector import Look, Selector, SelectorError
 from .sequence import View
 from .tiers import Tiers
 
@@ -102,6 +102,7 @@ class SparseAttention:
 
         Raises:
             LayoutError: the query does not suit the cache, or the layer has released tokens.
+            SelectorError: so many query tokens that what is forced exceeds the budget.
             ClosedError: a sequence was closed, truncated or reordered since the view was made.
             OutOfPages: no memory for new records.
         """
@@ -205,9 +206,21 @@ class SparseAttention:
                     "(release_before): a window and a selection exclude each other; name the layer "
                     "in dense_layers"
                 )
+            self._check_forced(query.shape[2])
             selection = self.selector.select(query, self._indexed(look, view))
         self._count(look, selection)
         return selection
+
+    def _check_forced(self, query_tokens: int) -> None:
+        """What is read in any case must not push itself out."""
+        selector = self.selector
+        need = sum(selector.forced_pages(query_tokens)) * selector.page_tokens
+        if need > selector.budget_tokens:
+            raise SelectorError(
+                f"{query_tokens} query tokens read {need} tokens in any case (sink_tokens, "
+                f"recent_tokens and their own pages), budget_tokens is {selector.budget_tokens}: "
+                "raise it, or ask with fewer query tokens"
+            )
 
     def _indexed(self, look: Look, view: View) -> Look:
         if self.records is None:

@@ -1,4 +1,4 @@
-"""Train the toys: ``python -m bench.toys.train [pairs lookup tracking frequent]``, a minute each.
+"""Train the toys: ``python -m bench.toys.train [pairs tracking frequent]``, a minute each.
 
 Contexts and what they say double as the toy learns: a stage ends when it is nearly right.
 """
