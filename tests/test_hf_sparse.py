@@ -12,6 +12,7 @@ from tests.models import model
 from vattn import hf
 from vattn.policies import Exact, Quest, Random
 from vattn.selector import SelectorError
+from vattn.tiers import TierError
 
 NEW = 12
 BUDGET = {"budget_tokens": 48, "page_tokens": 8, "recent_tokens": 8}
@@ -120,6 +121,29 @@ def test_another_attention_is_an_error_not_a_dense_run():
     cache = hf.VattnCache(net.config, 512, selector=Quest(**BUDGET))
     with pytest.raises(hf.UnsupportedError, match=r"set_attn_implementation\(\"vattn\"\)"):
         generate(net, ids, cache)
+
+
+def test_the_remedy_that_the_error_names_works():
+    ids = ids_of(1, 100)
+    wrong, right = model("llama", attention="sdpa"), model("llama")
+    cache = hf.VattnCache(right.config, 512, selector=Quest(**BUDGET))
+    with torch.inference_mode():
+        wrong(ids, past_key_values=cache)
+        with pytest.raises(hf.UnsupportedError):
+            wrong(ids[:, :1], past_key_values=cache)
+        assert cache.get_seq_length() == 100
+        right(ids[:, :1], past_key_values=cache)
+        right(ids[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 102
+
+
+def test_tiers_that_cannot_be_made_leave_nothing_behind():
+    net = model("llama")
+    cache = hf.VattnCache(net.config, 512, selector=Quest(**BUDGET), tiers={"victims": "oldest"})
+    for _ in range(2):
+        with pytest.raises(TierError, match="oldest"), torch.inference_mode():
+            net(ids_of(1, 20), past_key_values=cache)
+        assert cache.kv is None
 
 
 def test_what_a_selection_cannot_honour_is_an_error():

@@ -234,3 +234,51 @@ def test_records_follow_any_history(acts):
                 cache.advance()
         assert_records(cache, records, live)
         cache.check()
+
+
+def test_a_fork_takes_the_records_that_some_layers_have():
+    cache, records = make()
+    with cache:
+        (a,) = cache.open_batch(1)
+        fill(cache, [a], 400)
+        records.keep(cache.batch([a]), 1)
+        child = cache.fork(a, 300)
+        assert records.counts[child.slot].tolist() == [0, 300 // SIZE]
+        assert_records(cache, records, [a, child])
+
+
+def test_a_fork_into_another_tenants_slot_owns_all_its_records():
+    cache, records = make()
+    with cache:
+        b = cache.open(slot=0, tenant="b")
+        a = cache.open(slot=1, tenant="a")
+        fill(cache, [a], 1900)
+        assert_records(cache, records, [a])
+        a.close()
+        for slot in range(2, 8):
+            cache.open(slot=slot, tenant="b")
+        fill(cache, [b], 300, seed=2)
+        assert_records(cache, records, [b])
+        child = cache.fork(b)
+        assert child.slot == 1
+        fill(cache, [child], 1000, seed=3)
+        assert_records(cache, records, [b, child])
+        for column in records.columns:
+            owners = cache.pool.owners(column.arena.ids(column.arena.mapped(1)))
+            assert (owners == child.tenant).all()
+
+
+def test_records_of_a_slot_that_began_anew_come_back():
+    cache, records = make()
+    with cache:
+        a = cache.open(slot=0)
+        fill(cache, [a], 1900)
+        assert_records(cache, records, [a])
+        held = records.nbytes
+        a.close()
+        a = cache.open(slot=0)
+        fill(cache, [a], 100)
+        cache.trim()
+        assert records.nbytes < held / 3
+        assert_records(cache, records, [a])
+        cache.check()

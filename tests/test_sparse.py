@@ -14,7 +14,7 @@ from vattn import KVCache, Layout
 from vattn.allocator.errors import ClosedError, OutOfPages
 from vattn.kernels.selection import reference
 from vattn.layout import LayoutError
-from vattn.policies import Clusters, Exact, Nibbles, Quest, Random, Signs, TwoStage
+from vattn.policies import Clusters, Exact, Nibbles, Quest, Random, Sampled, Signs, TwoStage
 from vattn.reads import ReadLog
 from vattn.selector import Caps, Selector, SelectorError
 from vattn.sparse import SparseAttention, tokens_of
@@ -292,11 +292,89 @@ def test_tokens_of_a_selection_name_every_page_of_memory():
                     assert set(some // per_page) == set(every // per_page)
 
 
-def test_more_query_tokens_than_the_budget_has_room_for_are_refused():
+def test_a_step_whose_queries_force_more_than_the_budget_reads_everything():
     with make() as cache:
         (a,) = cache.open_batch(1)
         fill(cache, [a], 400)
+        view = cache.view([a])
         with SparseAttention(cache, Signs(budget_tokens=40, recent_tokens=32)) as sparse:
-            assert sparse.attend(ask([a], 4), cache.view([a]), 0).isfinite().all()
-            with pytest.raises(SelectorError, match="6 query tokens read 41"):
-                sparse.attend(ask([a], 6), cache.view([a]), 0)
+            sparse.attend(ask([a], 4), view, 0)
+            out = sparse.attend(ask([a], 6), view, 0)
+            assert torch.equal(out, vattn.attend(ask([a], 6), view, 0))
+            assert sparse.activity()[0].dense_steps == 1
+
+
+def test_a_short_sequence_beside_a_long_one_is_read_whole():
+    with make() as cache:
+        many = cache.open_batch(2)
+        fill(cache, many, 60)
+        fill(cache, many[:1], 400, seed=2)
+        view, query = cache.view(many), ask(many)
+        want = vattn.attend(query, view, 0)[1]
+        sampled = Sampled(budget_tokens=128, base=Exact(budget_tokens=64))
+        for selector in (Quest(budget_tokens=100), Signs(budget_tokens=64), sampled):
+            with SparseAttention(cache, selector) as sparse:
+                got = sparse.attend(query, view, 0)[1]
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_that_take_turns_within_a_layer_share_no_index():
+    with make() as cache:
+        a, b = cache.open_batch(2)
+        fill(cache, [a], 400, seed=1)
+        fill(cache, [b], 400, seed=2)
+        selector = Clusters(budget_tokens=128, page_tokens=16, layers=2)
+        with SparseAttention(cache, selector) as sparse:
+            alone = [sparse.attend(ask([a]), cache.view([a]), layer) for layer in (0, 1)]
+            sparse.attend(ask([a]), cache.view([a]), 0)
+            sparse.attend(ask([b], seed=9), cache.view([b]), 0)
+            read = watched(sparse)
+            sparse.attend(ask([a]), cache.view([a]), 1)
+            assert int(read[0].ids.max()) <= 400
+            assert alone[1].isfinite().all()
+
+
+def test_padding_has_no_vote():
+    """The same tokens behind whole pages of padding: the same pages are chosen."""
+    with make() as cache:
+        plain, padded = cache.open_batch(2)
+        draw = torch.Generator().manual_seed(3)
+        rows = torch.randn(2, 1, HEADS, 400, DIM, generator=draw)
+        pads = 20 * torch.randn(2, 1, HEADS, 112, DIM, generator=draw)
+        cache.append(0, rows[0], rows[1], [plain])
+        cache.append(0, pads[0], pads[1], [padded])
+        cache.append(0, rows[0], rows[1], [padded])
+        for selector in (Quest(budget_tokens=128), Signs(budget_tokens=128)):
+            with SparseAttention(cache, selector) as sparse:
+                query = ask([plain])
+                want = sparse.attend(query, cache.view([plain]), 0)
+                view = cache.view([padded])
+                got = sparse.try_attend(query, view, 0, starts=np.array([112]))[0]
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_selectors_that_do_not_suit_the_cache_are_refused():
+    with make() as cache, pytest.raises(SelectorError, match="layers 0 to 2"):
+        SparseAttention(cache, Quest(dense_layers=(-1,)))
+    shared = Layout(2, HEADS, DIM, 512, dtype="float32", layer_map=(0, 0))
+    with KVCache(shared, budget_bytes=1 << 24) as cache:
+        SparseAttention(cache, Quest())
+        with pytest.raises(SelectorError, match="layer_map"):
+            SparseAttention(cache, Signs())
+    for layout in (shared.with_(sides=1), shared.with_(dtype="uint8")):
+        with pytest.raises(LayoutError, match="for records"):
+            KVCache(layout)
+
+
+def test_a_base_of_other_pages_is_refused():
+    base = Clusters(budget_tokens=256, page_tokens=32)
+    with make() as cache:
+        (a,) = cache.open_batch(1)
+        fill(cache, [a], 700)
+        with (
+            SparseAttention(
+                cache, TwoStage(budget_tokens=128, page_tokens=32, base=base)
+            ) as sparse,
+            pytest.raises(SelectorError, match="pages of 16"),
+        ):
+            sparse.attend(ask([a]), cache.view([a]), 0)

@@ -152,18 +152,20 @@ def test_weights_come_back_from_their_file(tmp_path):
 
 
 def test_the_toys_are_small():
-    assert sum(path.stat().st_size for path in HERE.glob("*.npz")) < 700_000
+    assert sum(path.stat().st_size for path in HERE.glob("*.npz")) < 500_000
     assert {path.stem for path in HERE.glob("*.npz")} == set(PROBLEMS)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_toy_solves_its_problem_and_reading_by_chance_does_not(name):
     task = tasks.task_of(name)
-    asked = task.ask(5, 1)
+    asked = task.ask(5, 3)
     known = prefill(task.net, asked.context)
-    assert answer(task.net, known, asked, None).right.float().mean() >= tasks.LEAST_RIGHT
+    right = answer(task.net, known, asked, None).right.float().mean()
+    assert right >= tasks.LEAST_RIGHT
     chance = tasks.selectors(task, tasks.TOY_CONTEXT // tasks.JUDGED)[tasks.CHANCE]
-    assert answer(task.net, known, asked, chance).right.float().mean() < tasks.BY_CHANCE
+    if name != "frequent":  # of which any sample says something
+        assert answer(task.net, known, asked, chance).right.float().mean() < tasks.BY_CHANCE
 
 
 # ---- the benchmark -------------------------------------------------------------------------------

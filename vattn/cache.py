@@ -99,6 +99,11 @@ class KVCache:
         streams: Streams | None = None,
     ) -> None:
         self.closed = True  # until everything below has worked
+        if layout.sides != 2 or layout.dtype == "uint8":
+            raise LayoutError(
+                f"K and V have two sides of numbers, this layout has {layout.sides} of "
+                f"{layout.dtype}: it is for records (vattn.records)"
+            )
         self._own_pool = pool is None
         self.trace = Trace() if trace else None
         place = place_of(device, pool)
@@ -146,7 +151,7 @@ class KVCache:
         self.followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self._reclaim = _weak_reclaimer(self)
         pool.reclaimers.append(self._reclaim)
-        weakref.finalize(self, _forget, pool.reclaimers, self._reclaim)
+        weakref.finalize(self, forget_reclaimer, pool.reclaimers, self._reclaim)
         self.warmer: Warmer | None = None
         self.closed = False
         if warm_bytes:
@@ -264,11 +269,14 @@ class KVCache:
         Raises:
             OutOfPages: the budget does not cover it. OutOfRange: negative, or ``max_tokens``
             exceeded. LayoutError: not one count for each sequence.
-            MapLimitError, DriverError: the system refused. In every case nothing changed.
+            MapLimitError, DriverError: the system refused. In every case no row has changed; where
+            a shared page could not be copied, pages without a row may be mapped (``trim``).
         """
         self._check_open()
         batch = self.batch(sequences)
         tokens = self._frontiers.check_tokens(tokens, len(batch.slots))
+        if not np.any(tokens):
+            return
         self._frontiers.extend(batch, tokens)
         # They may be written through a view (`commit`): not into somebody else's page.
         ends = self.tokens[batch.slots] + tokens
@@ -566,7 +574,7 @@ class KVCache:
         self.closed = True
         if self.warmer is not None and not self.arena.turn.foreign:
             self.warmer.close()
-        _forget(self.pool.reclaimers, self._reclaim)
+        forget_reclaimer(self.pool.reclaimers, self._reclaim)
         for follower in list(self.followers):
             follower.closed()
         self.arena.close()
@@ -644,6 +652,9 @@ def _weak_reclaimer(cache: KVCache) -> Callable[[int], None]:
     return reclaim
 
 
-def _forget(reclaimers: list[Callable[[int], None]], reclaim: Callable[[int], None]) -> None:
+def forget_reclaimer(
+    reclaimers: list[Callable[[int], None]], reclaim: Callable[[int], None]
+) -> None:
+    """A reclaimer that is gone, or closed, is asked no more."""
     if reclaim in reclaimers:
         reclaimers.remove(reclaim)

@@ -28,6 +28,7 @@ CACHES = ("vattn", "dynamic", "static")
 ATTENTIONS = ("vattn", "sdpa", "eager")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEFAULT_BUDGET = 1024  # tokens that a selector may read
+MOST_TOKENS = 16  # `kernels.kv.MOST_TOKENS`, without importing torch
 # Tokens of a prompt read at once where not all of it need fit into the fast tier.
 CHUNK_TOKENS = 512
 CALIBRATION_TOKENS = 2048  # of the prompt, for selectors that want to see keys first
@@ -199,7 +200,7 @@ class Generator:
             sampling = {"do_sample": False}
         if request.host_bytes is not None:
             step = request.host_bytes // 4 // (self.shape.bytes_per_token * request.batch)
-            sampling["prefill_chunk_size"] = max(16, min(CHUNK_TOKENS, step))
+            sampling["prefill_chunk_size"] = _chunk(self.prompt_tokens, min(CHUNK_TOKENS, step))
         torch.manual_seed(request.seed)
         with torch.inference_mode():
             self.model(self.ids[:, :1], use_cache=False)  # warm up: page in the weights
@@ -289,6 +290,11 @@ class Generator:
         row = self.ids[0][self.mask[0].bool()][:CALIBRATION_TOKENS]
         with torch.inference_mode():
             self.model(row[None], past_key_values=cache)
+        if len({layer.keys.shape for layer in cache.layers}) > 1:
+            raise RequestError(
+                f"--select {self.request.select} is calibrated with the keys of all layers, and "
+                "some of this model slide: choose one without calibration, such as quest"
+            )
         return torch.stack([layer.keys[0] for layer in cache.layers])
 
     def _open(self, cache: str) -> Any:
@@ -339,6 +345,15 @@ def without_text(request: Request) -> dict[str, Any]:
     plain = {name: getattr(request, name) for name in request.__dataclass_fields__}
     del plain["prompts"], plain["trace"]
     return {**plain, "model": str(request.model)}
+
+
+def _chunk(tokens: int, most: int) -> int:
+    """Tokens of a prompt to read at once, ``most`` or somewhat fewer: such that no rest is left
+    that would be taken for decode steps."""
+    for step in range(max(most, 2 * MOST_TOKENS), MOST_TOKENS, -1):
+        if not 0 < tokens % step <= MOST_TOKENS:
+            return step
+    return max(most, 2 * MOST_TOKENS)
 
 
 def _fit(tokens: list[int], count: int) -> list[int]:

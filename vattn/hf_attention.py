@@ -77,7 +77,9 @@ def attention(
     length = query.shape[2]
     reader = getattr(key, "vattn_reader", None)  # see `hf_sparse`
     if reader is not None:
+        window = sliding_window is not None and sliding_window < key.shape[2]
         refused = {"softcap": softcap, "s_aux": s_aux is not None, "dropout": dropout}
+        refused["sliding_window"] = window and attention_mask is None
         chosen = reader.attend(query, attention_mask, scaling, refused)
         if chosen is not None:
             return chosen.transpose(1, 2).contiguous(), None

@@ -62,6 +62,8 @@ class VattnLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append rows [B, Hkv, n, D]; returns all rows to attend to, as views."""
+        if self.store.sparse is not None:
+            self.store.reader(self.index).check()
         self._append(key_states, value_states)
         key, value = self.store.rows(self.index)
         if self.store.sparse is not None:

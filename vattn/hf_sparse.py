@@ -28,20 +28,30 @@ class Reader:
     def __init__(self, store: Store, sparse: SparseAttention, layer: int) -> None:
         self.sparse, self._store, self._layer = sparse, weakref.ref(store), layer
         self._owed = False
-        self._mask: tuple[weakref.ref[Tensor], Ints] | None = None
+        self._mask: tuple[weakref.ref[Tensor], int, Ints] | None = None
 
-    def mark(self, key: Tensor) -> None:
-        """Let ``key`` carry this reader.
+    def check(self) -> None:
+        """Before the next rows are appended.
 
         Raises:
             UnsupportedError: the keys of the step before were read by another attention.
         """
         if self._owed:
+            store = self._store()
+            if store is not None:
+                store.excuse_readers()  # the next step may do better
             raise UnsupportedError(
                 f"layer {self._layer} has a selector, but its last step was read by another "
                 'attention, which reads everything: call model.set_attn_implementation("vattn") '
                 "(after vattn.hf.register()), or make the cache without a selector"
             )
+
+    def excuse(self) -> None:
+        """Forget that a step is owed."""
+        self._owed = False
+
+    def mark(self, key: Tensor) -> None:
+        """Let ``key`` carry this reader."""
         self._owed = True
         key.vattn_reader = self  # type: ignore[attr-defined]
 
@@ -70,10 +80,17 @@ class Reader:
         return None if found is None else found[0]
 
     def _starts(self, mask: Tensor, query: Tensor) -> Ints:
-        """The padding on the left of each sequence; a step's layers share one mask."""
-        if self._mask is not None and self._mask[0]() is mask:
-            return self._mask[1]
-        seen = mask if mask.dtype == torch.bool else mask >= 0
+        """The padding on the left of each sequence."""
+        # What inference mode makes has no version, and is made anew for each step.
+        version = 0 if mask.is_inference() else mask._version
+        if self._mask is not None and self._mask[0]() is mask and self._mask[1] == version:
+            return self._mask[2]
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        if mask.dtype != torch.bool and bool((mask > torch.finfo(mask.dtype).min / 2)[~seen].any()):
+            raise UnsupportedError(
+                f"layer {self._layer} has a selector, and a mask that adds to scores: make the "
+                "cache without a selector for this model"
+            )
         seen = seen.expand(query.shape[0], *seen.shape[1:])
         length, tokens = seen.shape[-2:]
         starts = tokens - seen[:, 0, -1].sum(-1)
@@ -86,5 +103,5 @@ class Reader:
                 "pad prompts on the left, or make the cache without a selector"
             )
         counts: Ints = starts.numpy().astype(np.int64)
-        self._mask = (weakref.ref(mask), counts)
+        self._mask = (weakref.ref(mask), version, counts)
         return counts

@@ -130,13 +130,7 @@ class Store:
         batch = key.shape[0]
         if not self._filled:
             if self.kv is None or not _fits(self.kv.layout, key):
-                self.kv = self.options.open(self.layers, batch, key)
-                self._owner = Owner(self.kv)
-                if self.options.tiers is not None:
-                    self.tiers = Tiers(self.kv, **self.options.tiers)
-                if self.options.selector is not None:
-                    self.sparse = SparseAttention(self.kv, self.options.selector, self.tiers)
-                    self._readers.clear()
+                self._open(self.options.open(self.layers, batch, key))
             self._hold(self.kv.open_batch(batch))
         elif batch != len(self.sequences):
             raise LayoutError(
@@ -151,6 +145,20 @@ class Store:
                 "of different shapes do not share a cache; use transformers' DynamicCache"
             )
         self._filled.add(layer)
+
+    def _open(self, kv: KVCache) -> None:
+        """Hold a new KVCache, its tiers and its selector: all or none."""
+        options = self.options
+        try:
+            tiers = None if options.tiers is None else Tiers(kv, **options.tiers)
+            sparse = None
+            if options.selector is not None:
+                sparse = SparseAttention(kv, options.selector, tiers)
+        except BaseException:
+            kv.close()
+            raise
+        self.kv, self._owner, self.tiers, self.sparse = kv, Owner(kv), tiers, sparse
+        self._readers.clear()
 
     @property
     def batch(self) -> Batch:
@@ -169,6 +177,7 @@ class Store:
     def clear(self, layer: int) -> None:
         """Forget a layer's rows; the sequences close with their last layer."""
         self._orders.pop(layer, None)
+        self._readers.pop(layer, None)
         self._latest = -1
         if layer not in self._filled:
             return
@@ -211,6 +220,11 @@ class Store:
             assert self.sparse is not None
             found = self._readers[layer] = Reader(self, self.sparse, layer)
         return found
+
+    def excuse_readers(self) -> None:
+        """No layer's reader waits for an attention any more."""
+        for reader in self._readers.values():
+            reader.excuse()
 
     def keep_last(self, layer: int, tokens: int) -> None:
         """Say that only a layer's last `tokens` rows will be read again. Pages in front of them

@@ -210,6 +210,8 @@ class Layout:
 
     def offset(self, physical: int, side: int) -> int:
         """Byte offset in the slot of token 0, head 0 of K (``side`` 0) or V (1)."""
+        if not 0 <= side < self.sides:
+            raise LayoutError(f"side {side} does not exist: the layout has {self.sides}")
         group, inner = divmod(physical, self.group_layers)
         lane = group * self.lanes_per_group
         if self.group_layers == 1:

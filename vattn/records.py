@@ -25,6 +25,7 @@ from .allocator.arena import Arena
 from .allocator.errors import VattnError
 from .batch import Batch, Ints
 from .cache import ALL, KVCache
+from .cache import forget_reclaimer as _forget
 from .kernels.index import Index, Part
 from .layout import Layout
 from .lengths import Lengths
@@ -96,6 +97,7 @@ class Records:
         cache.followers.add(self)
         self._reclaim = _weak_reclaimer(self)
         cache.pool.reclaimers.append(self._reclaim)
+        weakref.finalize(self, _forget, cache.pool.reclaimers, self._reclaim)
 
     @property
     def nbytes(self) -> int:
@@ -155,8 +157,7 @@ class Records:
     def close(self) -> None:
         """Give the memory back. Idempotent."""
         self.cache.followers.discard(self)
-        if self._reclaim in self.cache.pool.reclaimers:
-            self.cache.pool.reclaimers.remove(self._reclaim)
+        _forget(self.cache.pool.reclaimers, self._reclaim)
         for column in self.columns:
             column.arena.close()
 
@@ -167,17 +168,20 @@ class Records:
 
     def forked(self, source: int, target: int, tokens: int, tenant: int) -> None:
         """See `Follower`. Without memory for it the fork's records are made anew."""
-        count = min(int(self.counts[source].min()), tokens // self.page_tokens)
-        self._cap(np.array([target]), slice(None), 0)
-        if not count:
+        counts = np.minimum(self.counts[source], tokens // self.page_tokens)
+        longest = int(counts.max())
+        if not longest:
             return
         try:
             for column in self.columns:
-                column.arena.alias(source, target, *column.layout.split(count), tenant=tenant)
-                column.lengths.copy(source, target, count)
+                self._empty(column, target)  # what an earlier sequence left is not the fork's
+                full, tail = column.layout.split(longest)
+                column.arena.alias(source, target, full, tail, tenant=tenant)
+                column.lengths.copy(source, target, longest)
         except VattnError:
+            self._cap(np.array([target]), slice(None), 0)
             return
-        self.counts[target] = count
+        self.counts[target] = counts
 
     def permuted(self, slots: Ints, source: Ints, tenant: int) -> None:
         """See `Follower`."""
@@ -202,6 +206,12 @@ class Records:
         self.close()
 
     # ---- inside --------------------------------------------------------------------------------
+    def _empty(self, column: Column, slot: int) -> int:
+        """Unmap all of a slot; returns how many pages went."""
+        gone = column.arena.drop(slot)
+        column.lengths.room[slot] = 0
+        return gone
+
     def _scrub(self, column: Column, batch: Batch, held: Ints) -> None:
         """What another tenant's records left in a slot that starts anew goes."""
         if self.cache.pool.tenants > 1:
@@ -225,14 +235,17 @@ class Records:
             lengths.promised[slots] = 0
 
     def reclaim(self, pages: int) -> None:
-        """Unmap records of closed sequences until ``pages`` pages went, as far as there are any."""
-        closed = np.flatnonzero(self.cache.opened & 1 == 0)
+        """Unmap pages without a record until ``pages`` of them went, as far as there are any."""
         for column in self.columns:
-            for slot in closed[column.arena.last[closed].any(axis=1)].tolist():
+            needed = column.lengths.needed_pages()
+            for slot in np.flatnonzero(column.arena.last.max(axis=1) > needed).tolist():
                 if pages <= 0:
                     return
-                pages -= column.arena.drop(slot)
-                column.lengths.room[slot] = 0
+                if needed[slot]:
+                    pages -= column.arena.trim(slot, 0, needed.item(slot))
+                    column.lengths.measure_one(slot)
+                else:
+                    pages -= self._empty(column, slot)
 
 
 def _weak_reclaimer(records: Records) -> Callable[[int], None]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .allocator.errors import VattnError
 from .kernels import choose, score
+from .kernels.contract import EMPTY
 from .kernels.index import Index, Part
 from .kernels.kv import KV
 from .kernels.selection import Selection
@@ -84,6 +85,20 @@ class Look:
         """Pages of each sequence, the growing one included: [B] int64 on the device."""
         return torch.from_numpy(-(-self.lengths // page_tokens)).to(self.kv.key.device)
 
+    def first_pages(self, tokens: int, page_tokens: int) -> int:
+        """Pages from each sequence's first readable one on that hold its first ``tokens``."""
+        within = 0 if self.starts is None else int((self.starts % page_tokens).max())
+        return -(-(within + tokens) // page_tokens) if tokens else 0
+
+    def readable(self, scores: Tensor, page_tokens: int) -> Tensor:
+        """Scores [B, Hkv, R, pages] without those of pages of padding: they must not weigh in what
+        a row shares out. In place."""
+        starts = self.firsts(page_tokens)
+        if starts is None:
+            return scores
+        page = torch.arange(scores.shape[-1], device=scores.device)
+        return scores.masked_fill_((page < starts[:, None])[:, None, None], EMPTY)
+
     def firsts(self, page_tokens: int) -> Tensor | None:
         """The first page of each sequence that has a readable token; None: 0."""
         if self.starts is None:
@@ -97,7 +112,8 @@ class Selector:
 
     Args:
         budget_tokens: most tokens of a sequence that a KV head reads at a step, all that is forced
-            included. Sequences no longer than that are read whole.
+            included. Sequences no longer than that are read whole, and all are at a step whose
+            queries force more.
         page_tokens: tokens of a record; 1 for an index of single tokens.
         sink_tokens, recent_tokens: the first and last tokens are always read, in whole pages; the
             page that is still growing is, too.
@@ -179,14 +195,15 @@ class Selector:
         size, kind = self.page_tokens, type(self)
         pages, (first, last) = look.pages(size), self.forced_pages(query.shape[2])
         counts, starts = look.counts(size), look.firsts(size)
+        first = max(first, look.first_pages(self.sink_tokens, size))
         if kind.joined is not Selector.joined or kind.pick is not Selector.pick:
-            joined = self.joined(self.scores(query, look, pages))
+            joined = self.joined(look.readable(self.scores(query, look, pages), size))
             return self.pick(choose.force(joined, counts, first, last, starts))
         k = self.budget_tokens // size
         how: dict[str, Any] = {"join": self.join, "first": first, "last": last}
         how |= {"pages": counts, "starts": starts}
-        if kind.scores is not Selector.scores:
-            found = self.scores(query, look, pages)
+        if kind.scores is not Selector.scores or starts is not None:
+            found = look.readable(self.scores(query, look, pages), size)
             return score.best(found, k, **how)
         form, index = self._records(look)
         asked = self.asked(query, look)
@@ -196,6 +213,10 @@ class Selector:
         if self.form is None or look.index is None:
             raise SelectorError(f"{type(self).__name__} has no records to score")
         return self.form, look.index
+
+    def fits(self, query_tokens: int) -> bool:
+        """Whether the budget holds what so many query tokens force; else all is read."""
+        return sum(self.forced_pages(query_tokens)) * self.page_tokens <= self.budget_tokens
 
     def reads_all(self, look: Look) -> bool:
         """Whether this layer is read whole at this step."""

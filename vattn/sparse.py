@@ -22,6 +22,7 @@ from torch import Tensor
 from .batch import Ints
 from .cache import KVCache
 from .kernels import sparse
+from .kernels.contract import EMPTY
 from .kernels.kv import KV, MOST_TOKENS
 from .kernels.selection import Selection
 from .layout import Layout, LayoutError
@@ -68,13 +69,15 @@ class SparseAttention:
     the cache.
 
     Raises:
-        LayoutError, ReserveError, MapLimitError: no room for the records.
+        SelectorError: the selector does not suit the layout. LayoutError, ReserveError,
+        MapLimitError: no room for the records.
     """
 
     most_queries = MOST_TOKENS  # of a call that the selector is asked about
 
     def __init__(self, cache: KVCache, selector: Selector, tiers: Tiers | None = None) -> None:
         self.cache, self.selector, self.tiers = cache, selector, tiers
+        _check_suits(selector, cache.layout)
         parts = selector.parts(cache.layout.head_dim)
         self.records: Records | None = None
         if parts:
@@ -88,6 +91,7 @@ class SparseAttention:
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._earlier: dict[int, Selection] = {}
         self._latest = -1
+        self._whose: tuple[object, ...] = ()  # earlier selections are
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +106,6 @@ class SparseAttention:
 
         Raises:
             LayoutError: the query does not suit the cache, or the layer has released tokens.
-            SelectorError: so many query tokens that what is forced exceeds the budget.
             ClosedError: a sequence was closed, truncated or reordered since the view was made.
             OutOfPages: no memory for new records.
         """
@@ -145,12 +148,13 @@ class SparseAttention:
 
     def look(self, view: View, layer: int, *, scale: float | None = None) -> Look:
         """What the selector sees of a layer now, its records brought up to date: to ask it ahead of
-        `attend`. Good until a sequence is truncated or closed.
+        `attend`. Good until a sequence is truncated, reordered or closed.
 
         Raises:
             OutOfPages, MapLimitError, DriverError: no memory for new records.
         """
-        return self._indexed(self._look(view, layer, scale, None), view)
+        look = self._look(view, layer, scale, None)
+        return look if self.selector.reads_all(look) else self._indexed(look, view)
 
     def activity(self) -> list[Activity]:
         """What each layer has read so far. On a device this waits for it."""
@@ -179,6 +183,7 @@ class SparseAttention:
             raise LayoutError("the view is of another cache than this SparseAttention")
         view.check_current()
         lengths = view.lengths[:, self.cache.layout.physical(layer)]
+        layer = range(self.cache.layout.layers)[layer]
         counts, slots, first = (
             None if array is None else torch.from_numpy(array).to(self.cache.device)
             for array in (lengths, np.asarray(view.slots), starts)
@@ -194,35 +199,26 @@ class SparseAttention:
     def _choose(self, query: Tensor, view: View, look: Look) -> Selection | None:
         if query.shape[2] > MOST_TOKENS:
             return None
-        if look.layer <= self._latest:
+        whose = (*view.slots, *self.cache.versions[view.slots].tolist())
+        if look.layer <= self._latest or whose != self._whose:
             self._earlier.clear()
-        self._latest = look.layer
+        self._latest, self._whose = look.layer, whose
         selection = None
-        if not self.selector.reads_all(look):
-            released = view.starts[:, self.cache.layout.physical(look.layer)]
-            if released.any():
-                raise LayoutError(
-                    f"layer {look.layer} has released its first {int(released.max())} tokens "
-                    "(release_before): a window and a selection exclude each other; name the layer "
-                    "in dense_layers"
-                )
-            self._check_forced(query.shape[2])
+        if not self.selector.reads_all(look) and self.selector.fits(query.shape[2]):
             selection = self.selector.select(query, self._indexed(look, view))
+            if selection is not None:
+                selection = short_whole(selection, look, self.selector.budget_tokens)
         self._count(look, selection)
         return selection
 
-    def _check_forced(self, query_tokens: int) -> None:
-        """What is read in any case must not push itself out."""
-        selector = self.selector
-        need = sum(selector.forced_pages(query_tokens)) * selector.page_tokens
-        if need > selector.budget_tokens:
-            raise SelectorError(
-                f"{query_tokens} query tokens read {need} tokens in any case (sink_tokens, "
-                f"recent_tokens and their own pages), budget_tokens is {selector.budget_tokens}: "
-                "raise it, or ask with fewer query tokens"
-            )
-
     def _indexed(self, look: Look, view: View) -> Look:
+        released = view.starts[:, self.cache.layout.physical(look.layer)]
+        if released.any():
+            raise LayoutError(
+                f"layer {look.layer} has released its first {int(released.max())} tokens "
+                "(release_before): a window and a selection exclude each other; name the layer in "
+                "dense_layers"
+            )
         if self.records is None:
             return look
         batch = self.cache.batch(view.sequences)
@@ -256,10 +252,51 @@ class SparseAttention:
         self._uncounted.clear()
 
 
+def _check_suits(selector: Selector, layout: Layout) -> None:
+    for layer in selector.dense_layers:
+        if not 0 <= layer < layout.layers:
+            raise SelectorError(
+                f"dense_layers has {layer}: the cache has layers 0 to {layout.layers - 1}"
+            )
+    if layout.layer_map is not None and "offline" in selector.caps.evidence:
+        raise SelectorError(
+            f"{type(selector).__name__} may map each layer's keys in a way of its own, and layers "
+            "of this cache share keys (layer_map): choose a selector without calibration"
+        )
+
+
+def short_whole(selection: Selection, look: Look, budget_tokens: int) -> Selection:
+    """The selection, with all tokens of sequences that are no longer than the budget."""
+    starts = np.zeros_like(look.lengths) if look.starts is None else look.starts
+    short = np.flatnonzero(look.lengths - starts <= budget_tokens)
+    if not len(short):
+        return selection
+    size = selection.page_tokens
+    first, end = starts // size, -(-look.lengths // size)
+    width = max(selection.ids.shape[2], int((end - first)[short].max()))
+    more = (0, width - selection.ids.shape[2])
+    ids = torch.nn.functional.pad(selection.ids, more)
+    count, weights, tail = selection.count.clone(), selection.log_weights, selection.tail
+    if weights is not None:
+        weights = torch.nn.functional.pad(weights, more)
+    if tail is not None:
+        tail = (tail[0], tail[1].clone())
+    for b in short.tolist():
+        pages = torch.arange(first[b], end[b], dtype=torch.int32, device=ids.device)
+        ids[b, :, : len(pages)] = pages
+        count[b] = len(pages)
+        if weights is not None:
+            weights[b] = 0.0
+        if tail is not None:
+            tail[1][b] = EMPTY
+    return Selection(ids, count, size, weights, tail)
+
+
 def tokens_of(selection: Selection, b: int, layout: Layout, length: int) -> list[Ints]:
     """Tokens that lie in every page of memory that sequence b reads, one array a KV head."""
     size = selection.page_tokens
-    within = np.arange(0, size, min(size, max(1, int(layout.tokens_per_page))))
+    step = min(size, max(1, int(layout.tokens_per_page)))
+    within = np.unique([*range(0, size, step), size - 1])
     ids, counts = selection.ids[b].cpu().numpy(), selection.count[b].tolist()
     firsts = (row[:count].astype(np.int64) * size for row, count in zip(ids, counts, strict=True))
     tokens = ((first[:, None] + within).ravel() for first in firsts)

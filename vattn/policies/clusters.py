@@ -67,7 +67,10 @@ class Clusters(Selector):
             return None
         clusters = look.pages(self.page_tokens)
         scores = [
-            score.summaries(query, records(look, i, i + 1), clusters, scale=look.scale)
+            look.readable(
+                score.summaries(query, records(look, i, i + 1), clusters, scale=look.scale),
+                self.page_tokens,
+            )
             for i in range(3)
         ]
         first = self.survivors(self.joined(scores[0]), query, look)
@@ -82,8 +85,9 @@ class Clusters(Selector):
     def survivors(self, joined: Tensor, query: Tensor, look: Look) -> Tensor:
         """Scores [B, Hkv, clusters] of the clusters whose halves are looked at, -inf elsewhere."""
         size = self.page_tokens
-        forced = self.forced_pages(query.shape[2])
-        choose.force(joined, look.counts(size), *forced, look.firsts(size))
+        first, last = self.forced_pages(query.shape[2])
+        first = max(first, look.first_pages(self.sink_tokens, size))
+        choose.force(joined, look.counts(size), first, last, look.firsts(size))
         kept = max(self.budget_tokens // size, int(self.keep * joined.shape[-1]))
         order = joined.sort(dim=-1, descending=True, stable=True).indices
         return joined.scatter(-1, order[..., kept:], EMPTY)

@@ -87,7 +87,8 @@ class InfiniGen(TokenSelector):
         chosen = choose.threshold(joined, self.alpha, 1, self.budget_tokens)
         if self.count == "head":
             return chosen
-        most = chosen[1].float().mean().floor().clamp_min(1)
+        forced = (joined == choose.FORCED).sum(-1, keepdim=True)
+        most = chosen[1].float().mean().floor().clamp_min(1).maximum(forced)
         best, order = joined.sort(dim=-1, descending=True, stable=True)
         best[..., torch.arange(best.shape[-1], device=best.device) >= most] = EMPTY
         return choose.top_k(joined.scatter(-1, order, best), self.budget_tokens)

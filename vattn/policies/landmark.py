@@ -56,16 +56,21 @@ class Landmark(Selector):
     def scores(self, query: Tensor, look: Look, pages: int) -> Tensor:
         return score.summaries(query, records(look, 0, 1), pages, scale=look.scale)
 
+    def fits(self, query_tokens: int) -> bool:
+        pages = sum(self.forced_pages(query_tokens)) + self.outliers
+        return pages * self.page_tokens <= self.budget_tokens
+
     def select(self, query: Tensor, look: Look) -> Selection | None:
         if self.reads_all(look):
             return None
         size = self.page_tokens
-        joined = self.joined(self.scores(query, look, look.pages(size)))
+        joined = self.joined(look.readable(self.scores(query, look, look.pages(size)), size))
         index = records(look, 1)
         for b in range(index.batch):
             (cosine,), n = index.read(b, joined.shape[-1])
             order = cosine[..., 0].sort(dim=-1, stable=True).indices[..., : self.outliers]
             joined[b, :, :n].scatter_(-1, order, choose.FORCED)
         first, last = self.forced_pages(query.shape[2])
+        first = max(first, look.first_pages(self.sink_tokens, size))
         choose.force(joined, look.counts(size), first, last, look.firsts(size))
         return Selection(*self.pick(joined), size)

@@ -38,4 +38,5 @@ class Quest(Selector):
         return Part(head_dim, self.dtype), Part(head_dim, self.dtype)
 
     def summarise(self, layer: int, keys: Tensor) -> tuple[Tensor, ...]:
+        keys = keys.float()
         return outward(keys.amin(2), keys.amax(2), self.dtype)

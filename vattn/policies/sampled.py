@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import ClassVar
 
@@ -56,10 +56,19 @@ class Sampled(Selector):
                 f"base.budget_tokens must be below {self.budget_tokens}, got "
                 f"{self.base.budget_tokens}"
             )
+        for name in ("sink_tokens", "recent_tokens"):
+            if getattr(self.base, name) < getattr(self, name):
+                raise SelectorError(
+                    f"base.{name} must be at least {getattr(self, name)}, got "
+                    f"{getattr(self.base, name)}"
+                )
         for name in ("sample", "error", "doubt"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise SelectorError(f"{name} must be above 0 and below 1, got {value!r}")
+
+    def fits(self, query_tokens: int) -> bool:
+        return super().fits(query_tokens) and self.base.fits(query_tokens)
 
     def parts(self, head_dim: int) -> tuple[Part, ...]:
         return self.base.parts(head_dim)
@@ -70,9 +79,14 @@ class Sampled(Selector):
     def select(self, query: Tensor, look: Look) -> Selection | None:
         if self.reads_all(look):
             return None
-        best = self.base.select(query, look)
+        best = self.base.select(query, replace(look, earlier={}))
         if best is None:
             return None
+        if best.tail is not None or best.log_weights is not None:
+            raise SelectorError(
+                f"base is {type(self.base).__name__}, whose choice has weights or a tail: must be "
+                "plain tokens"
+            )
         n, kv_heads = int(look.lengths.max()), look.kv.key.shape[1]
         chosen = tokens_chosen(best, look, n, kv_heads)
         left = tokens_there(look, n)[:, None] & ~chosen

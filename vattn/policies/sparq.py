@@ -47,8 +47,8 @@ class SparQ(TokenSelector):
 
     def select(self, query: Tensor, look: Look) -> Selection | None:
         selection = super().select(query, look)
-        if selection is None or not self.mean_value:
-            return selection
+        if selection is None or not self.mean_value or query.shape[2] > 1:
+            return selection  # the mean of V would hold tokens that an earlier query must not see
         scores = self.scores(query, look, look.pages(1))
         return replace(selection, tail=rest(scores, selection, query, look))
 

@@ -62,6 +62,9 @@ class TwoStage(Selector):
         flat = (part.unflatten(1, size).flatten(2) for part in codes)
         return *self.base.summarise(layer, keys), *flat
 
+    def fits(self, query_tokens: int) -> bool:
+        return super().fits(query_tokens) and self.base.fits(query_tokens)
+
     def pick(self, joined: Tensor) -> tuple[Tensor, Tensor]:
         return choose.top_k(joined, self.budget_tokens)
 
@@ -70,18 +73,25 @@ class TwoStage(Selector):
             return None
         first = len(self.base.parts(query.shape[-1]))
         own = records(look, 0, first) if first else None
-        pages = self.base.select(query, replace(look, index=own))
+        pages = self.base.select(query, replace(look, index=own, earlier={}))
         if pages is None:
             pages = every_page(look, self.page_tokens, look.kv.key.shape[1])
+        plain = pages.tail is None and pages.log_weights is None
+        if pages.page_tokens != self.page_tokens or not plain:
+            raise SelectorError(
+                f"base is {type(self.base).__name__}, which chose pages of {pages.page_tokens} "
+                f"tokens{'' if plain else ' with weights'}: must be plain, of {self.page_tokens}"
+            )
         tokens = tokens_of(pages)
         index = gathered(records(look, first), pages.ids, self.page_tokens)
         scores = self.code.scores(query, replace(look, index=index), tokens.shape[-1])
         coded = coded_tokens(look, self.page_tokens)
-        joined = self.joined(scores.masked_fill((tokens >= coded)[:, :, None], EMPTY))
         ends = look.counts(1)[:, None, None]
-        recent = ends - (self.recent_tokens + query.shape[2] - 1)
         start = look.firsts(1)
         start = torch.zeros_like(ends) if start is None else start[:, None, None]
+        unread = (tokens >= coded) | (tokens < start)
+        joined = self.joined(scores.masked_fill(unread[:, :, None], EMPTY))
+        recent = ends - (self.recent_tokens + query.shape[2] - 1)
         forced = (tokens < start + self.sink_tokens) | (tokens >= recent) | (tokens >= coded)
         joined.masked_fill_(forced, choose.FORCED)
         joined.masked_fill_((tokens < start) | (tokens >= ends), EMPTY)
