@@ -131,7 +131,7 @@ class Store:
         if not self._filled:
             if self.kv is None or not _fits(self.kv.layout, key):
                 self._open(self.options.open(self.layers, batch, key))
-            self._hold(self.kv.open_batch(batch))
+            self._hold(self.cache.open_batch(batch))
         elif batch != len(self.sequences):
             raise LayoutError(
                 f"layer {layer} got a batch of {batch}, but the cache holds {len(self.sequences)} "
