@@ -73,7 +73,7 @@ TestCacheOnDevice = CacheOnDevice.TestCase
 
 
 # ---- tensors -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("dtype", sorted(tensor.DTYPES))
+@pytest.mark.parametrize("dtype", sorted(tensor.DTYPES.keys() - {"uint8"}))
 def test_every_dtype_reads_what_was_written(dtype: str, rng: torch.Generator) -> None:
     layout = layout_of("per_layer", dtype=dtype)
     with KVCache(layout, slots=2, budget_bytes=1 << 20) as cache:
