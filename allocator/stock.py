@@ -162,6 +162,9 @@ class Stock:
                     self._shrink(self.mapped - self.over)
             except BaseException:
                 self.total = old
+                # What a larger budget had room for, and could not be destroyed, waits on.
+                while (excess := self.created - max(old, self.mapped + self.pending)) > 0:
+                    self._wait_on(self.queue.pop(excess))
                 raise
 
     # ---- inside ----------------------------------------------------------------------------
@@ -181,11 +184,14 @@ class Stock:
             self.trim(max(0, self.total - self.mapped - self.pending))
         except BaseException:
             for ids in arrived:
-                back = ids[self.table.state[ids] == WARM]
-                self.table.state[back] = QUARANTINED
-                self.warm -= len(back)
-                self.quarantine.hold(back, quiesced=True)
+                self._wait_on(ids[self.table.state[ids] == WARM])
             raise
+
+    def _wait_on(self, ids: PageIds) -> None:
+        """Warm pages enter quarantine: they are tried again at the next `drain`."""
+        self.table.state[ids] = QUARANTINED
+        self.warm -= len(ids)
+        self.quarantine.hold(ids, quiesced=True)
 
     def _keep_warm(self, ids: PageIds) -> None:
         self.table.state[ids] = WARM

@@ -343,3 +343,39 @@ def test_pages_are_conserved(script: list[tuple[str, int, int]], high: int | Non
         pool.check()
         assert pool.mapped == len(set(held))
         assert all(pool.refs(ids(page))[0] == held.count(page) for page in held)
+
+
+def test_a_budget_that_could_not_be_raised_leaves_no_page_beyond_the_old_one() -> None:
+    """Found by the storm: pages that the larger budget had room for were beyond the smaller."""
+    pool = make(warm_high_bytes=0)
+    taken = pool.take(np.arange(pool.extent(16), 10)).ids
+    pool.set_budget(4 * PAGE)
+    backend = pool.backend
+
+    def give(pages: int) -> None:
+        pool.reclaimers.clear()
+        pool.give(taken[::2], quiesced=True)
+        pool.give(taken[1:2], quiesced=True)
+        assert isinstance(backend, CheckedBackend)
+        destroy, calls = backend.destroy, []
+
+        def third_fails(page: int, count: int) -> None:
+            calls.append(page)
+            if len(calls) == 3:
+                raise DriverError("destroy", 5, 0, 0)
+            destroy(page, count)
+
+        backend.destroy = third_fails  # type: ignore[method-assign]
+        try:
+            pool.drain()
+        finally:
+            backend.destroy = destroy  # type: ignore[method-assign]
+
+    pool.reclaimers.append(give)
+    with pytest.raises(DriverError):
+        pool.set_budget(8 * PAGE)
+    assert pool.total == 4
+    pool.check()
+    pool.drain()
+    pool.check()
+    assert (pool.mapped, pool.warm, pool.pending) == (4, 0, 0)
