@@ -44,6 +44,7 @@ PIECE = 16 << 10  # tokens appended at once
 SELECTORS: Mapping[str, Selector] = {
     "bounds16": Quest(budget_tokens=BUDGET, page_tokens=16),
     "bounds32": Quest(budget_tokens=BUDGET, page_tokens=32),
+    "bounds64": Quest(budget_tokens=BUDGET, page_tokens=64),
     "deviation32": MeanDeviation(budget_tokens=BUDGET, page_tokens=32),
     "signs": Signs(budget_tokens=BUDGET),
     "two_stage": TwoStage(
@@ -53,7 +54,7 @@ SELECTORS: Mapping[str, Selector] = {
         code=Signs(),
     ),
 }
-QUICK = ("bounds16", "bounds32", "signs")
+QUICK = ("bounds16", "bounds32", "bounds64", "signs")
 
 
 class Step(NamedTuple):
