@@ -107,11 +107,6 @@ class Records:
             for column in self.columns
         )
 
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of one record of one KV head."""
-        return sum(c.layout.head_dim * c.layout.item_bytes for c in self.columns)
-
     def keep(self, batch: Batch, layer: int) -> None:
         """Make the records of all full pages of a layer that have none.
 

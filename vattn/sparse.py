@@ -228,8 +228,7 @@ class SparseAttention:
     def _recall(self, tiers: Tiers, view: View, layer: int, selection: Selection) -> None:
         for b, sequence in enumerate(view.sequences):
             tokens = tokens_of(selection, b, self.cache.layout, int(view.lengths[b].max()))
-            tiers.touch(sequence, layer, tokens)
-            tiers.prefetch(sequence, layer, tokens)
+            tiers.read(sequence, layer, tokens)
 
     def _count(self, look: Look, selection: Selection | None) -> None:
         heads = look.kv.key.shape[1]
