@@ -1,4 +1,4 @@
-"""The grid: blocks of axes, every combination in full, every pair of values when quick.
+"""The grid: blocks of axes, every combination in full, few of them when quick.
 
 A block is a function from axis values to a call. `covering` picks a small set of combinations in
 which any two values of two axes meet at least once: most faults need one or two of them.
@@ -34,6 +34,7 @@ class Block:
     leaves: tuple[str, ...] = ("query", "key", "value")  # () for no gradients
     marks: frozenset[str] = frozenset()
     strength: int | None = None  # how many axes meet in full; None for all of them
+    strength_quick: int = 2
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         for values in itertools.product(*self.axes.values()):
@@ -45,10 +46,10 @@ class Block:
         self, seed: int, *, quick: bool, every: bool = False, strength: int | None = None
     ) -> list[Case]:
         """The combinations in which ``strength`` axes meet in full, drawn with ``seed``; by default
-        two when quick, else as many as the block says."""
+        as many as the block says."""
         chosen = list(self.combinations())
         if strength is None and not every:
-            strength = 2 if quick else self.strength
+            strength = self.strength_quick if quick else self.strength
         if strength is not None:
             chosen = covering(chosen, strength, Random(seed, self.name))
         return [self.case(values, seed) for values in chosen]
