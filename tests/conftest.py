@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 # torch's own test samples ask numba for CUDA devices: it must not talk to the driver emulator that
 # an earlier test may have loaded.
 os.environ["NUMBA_DISABLE_CUDA"] = "1"
+
+# A shell lets what it starts in the background ignore Ctrl-C, and tests send themselves some.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

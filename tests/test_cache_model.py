@@ -225,7 +225,7 @@ class CacheAndModel(RuleBasedStateMachine):
             self.assert_gone()
 
 
-CacheAndModel.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+CacheAndModel.TestCase.settings = settings(max_examples=24, stateful_step_count=30, deadline=None)
 TestCacheAndModel = CacheAndModel.TestCase
 
 

@@ -26,7 +26,8 @@ ROWS = [
     | {"speculate", "parallel"},
     {"dropin", "registry"},
     {"sdpa", "sdpa_op", "sdpa_checks", "sdpa_gpu", "sdpa_gpu_op", "paths", "paths_gpu", "policies"}
-    | {"ragged", "ragged_gpu", "sparse", "selector", "reads", "calibrate"},
+    | {"ragged", "ragged_gpu", "sparse", "selector", "reads", "calibrate"}
+    | {"evictor", "evictors", "eviction", "heads"},
     {"records", "tiers", "tiers_pages"},
     {"prefix", "cache"},
     {

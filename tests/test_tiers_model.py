@@ -103,7 +103,7 @@ class TieredCachesOnDevice(TieredCaches):
         assert self.emulator.live == NOTHING
 
 
-TieredCaches.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TieredCaches.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
 TestTieredCaches = TieredCaches.TestCase
 
 

@@ -406,6 +406,20 @@ class KVCache:
         for follower in self.followers:
             follower.shrunk(np.array([slot]), which, tokens)
 
+    def truncate_batch(self, sequences: Seq[Sequence] | Batch, tokens: Ints) -> None:
+        """`truncate` of several sequences in every layer, each to a length of its own.
+
+        Raises:
+            OutOfRange: a length is negative, more than there are, or before what a window released.
+            Nothing has changed.
+        """
+        batch = self.batch(sequences)
+        self._frontiers.shorten(batch, tokens)
+        self.versions[batch.slots] += 1
+        for follower in self.followers:
+            for slot, count in zip(batch.slots, tokens.tolist(), strict=True):
+                follower.shrunk(np.array([slot]), slice(None), count)
+
     def commit(
         self, sequences: Seq[Sequence] | Batch, tokens: int, layer: int | None = None
     ) -> None:

@@ -175,6 +175,20 @@ class Lengths:
         self.tokens[slot] = self.lengths[slot].max()
         self.promised[slot] = 0
 
+    def shorten(self, batch: Batch, tokens: Ints) -> None:
+        """See `KVCache.truncate_batch`."""
+        held, first = self.lengths[batch.pick], self.starts[batch.pick].max(axis=1)
+        wrong = ((tokens < first) | (tokens > held.max(axis=1))).nonzero()[0]
+        if len(wrong):
+            i = int(wrong[0])
+            raise OutOfRange(
+                f"cannot truncate to {tokens[i]} tokens: slot {batch.slots[i]} holds "
+                f"{first[i]}..{held[i].max()}"
+            )
+        self.lengths[batch.pick] = np.minimum(held, tokens[:, None])
+        self.tokens[batch.pick] = tokens
+        self.promised[batch.pick] = 0
+
     def copy(self, source: int, target: int, tokens: int) -> None:
         """``target`` holds the first ``tokens`` tokens of ``source`` now."""
         self.lengths[target] = np.minimum(self.lengths[source], tokens)

@@ -7,6 +7,7 @@ from bench.compiled.calls.append import APPEND
 from bench.compiled.calls.backward import BACKWARD
 from bench.compiled.calls.cascade import CASCADE
 from bench.compiled.calls.decode import DECODE
+from bench.compiled.calls.eviction import EVICTION
 from bench.compiled.calls.hopper import HOPPER
 from bench.compiled.calls.paged import PAGED
 from bench.compiled.calls.prefill import PREFILL
@@ -21,6 +22,7 @@ FAMILIES: tuple[list[Call], ...] = (
     HOPPER,
     BACKWARD,
     SPARSE,
+    EVICTION,
 )
 
 # The quick ones first: a kernel that several calls end in bears the first one's name.

@@ -1,0 +1,124 @@
+"""How much attention each key has had from several queries: what eviction policies decide by.
+
+    query [B, Hq, R, D], the last R tokens of each sequence
+    -> total [B, Hq, n], square [B, Hq, n], entropy [B, Hq], all float32
+
+With a = softmax(scale * q k^T) under the causal mask aligned bottom-right (row r of R sees the
+first length - R + 1 + r keys), ``total`` is the sum of a over the R rows, ``square`` that of a^2,
+and ``entropy`` the sum over rows and keys of -a ln a. So ``total`` sums to R over the keys of a
+query head. Keys behind a sequence's length have 0. n is the longest sequence.
+
+    on a GPU     `columns_kernel` (Triton)
+    elsewhere    torch's operations, a block of rows at a time
+
+Bytes moved: K once for each block of rows (once in all for an observation window), and 8 bytes a
+key and query head. Only the first ``lengths`` rows of K need be mapped. Sources: H2O
+(arXiv 2306.14048) sums over all rows, SnapKV (2404.14469) over a window, CAKE (2503.12491) takes
+mean, variance and entropy of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vattn.kernels.contract import EMPTY
+from vattn.kernels.kv import KV
+
+# Scores that are held at once, in float32 elements (32 MiB).
+SCORES = 1 << 23
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Sums over ``rows`` queries: total and square [B, Hq, n], entropy [B, Hq], float32."""
+
+    total: Tensor
+    square: Tensor
+    entropy: Tensor
+    rows: int
+
+
+def columns(query: Tensor, kv: KV, *, scale: float | None = None) -> Columns:
+    """The sums of query [B, Hq, R, D] over K.
+
+    Raises:
+        ValueError: query and K do not suit each other, or R exceeds the shortest sequence.
+    """
+    if query.is_cuda:
+        from vattn.kernels import columns_kernel
+
+        return columns_kernel.columns(query, kv, scale=scale)
+    total: Tensor | None = None
+    square = entropy = query.new_zeros(0)
+    for _, scores in logits(query, kv, scale=scale):
+        logs = scores.log_softmax(-1)
+        weights = logs.exp()
+        mixed = (weights * logs.masked_fill_(weights == 0, 0.0)).sum((-1, -2)).neg_()
+        if total is None:
+            total, square, entropy = weights.sum(2), weights.square().sum(2), mixed
+            continue
+        total += weights.sum(2)
+        square += weights.square_().sum(2)
+        entropy += mixed
+    assert total is not None
+    return Columns(total, square, entropy, query.shape[2])
+
+
+def logits(query: Tensor, kv: KV, *, scale: float | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of rows of scale * q k^T under the causal mask: (first row, [B, Hq, r, n] float32),
+    -inf where a row sees nothing. For policies that need more than sums.
+
+    Raises:
+        ValueError: as `columns`.
+    """
+    counts = check(query, kv)
+    batch, heads, rows, dim = query.shape
+    kv_heads, longest = kv.key.shape[1], max(counts)
+    keys = padded(kv.key, kv, counts).float()
+    if kv.key_scale is not None:
+        keys = keys * kv.key_scale.view(-1, 1, 1)
+    factor = dim**-0.5 if scale is None else float(scale)
+    at = torch.arange(longest, device=query.device)
+    ends = torch.tensor(counts, device=query.device) - rows
+    step = max(1, SCORES // (batch * heads * longest))
+    for first in range(0, rows, step):
+        some = query[:, :, first : first + step].float() * factor
+        grouped = some.unflatten(1, (kv_heads, -1))
+        scores = grouped.flatten(2, 3) @ keys.mT
+        scores = scores.view(batch, heads, some.shape[2], longest)
+        row = torch.arange(first, first + some.shape[2], device=query.device)
+        last = (ends[:, None] + row)[:, None, :, None]
+        yield first, scores.masked_fill_(at > last, EMPTY)
+
+
+def check(query: Tensor, kv: KV) -> list[int]:
+    """Lengths of the sequences. Raises ValueError where the call makes no sense."""
+    kv.check_query(query)
+    if query.dim() != 4 or not query.shape[2]:
+        raise ValueError(f"query is {tuple(query.shape)}: must be [B, Hq, R, D] with R >= 1")
+    counts = [kv.key.shape[2]] * kv.batch if kv.lengths is None else kv.lengths.tolist()
+    if kv.starts is not None and bool(kv.starts.any()):
+        raise ValueError("starts must be 0: sums over keys are by their place from row 0 on")
+    if min(counts) < query.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries are the last tokens of each sequence, and the shortest "
+            f"holds {min(counts)}"
+        )
+    return [int(each) for each in counts]
+
+
+def padded(rows: Tensor, kv: KV, counts: list[int]) -> Tensor:
+    """The first ``counts`` rows of each sequence side by side, [B, Hkv, n, D]; zeros behind them.
+    A view where no sequence is shorter than another and they follow each other."""
+    slots = list(range(kv.batch)) if kv.slots is None else kv.slots.tolist()
+    longest, first = max(counts), slots[0]
+    if min(counts) == longest and slots == list(range(first, first + len(slots))):
+        return rows[first : first + len(slots), :, :longest]
+    out = rows.new_zeros(len(slots), rows.shape[1], longest, rows.shape[3])
+    for b, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+        out[b, :, :count] = rows[slot, :, :count]
+    return out

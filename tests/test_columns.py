@@ -1,0 +1,146 @@
+"""Sums of attention over keys: both ways of making them, against the definition in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.attention import fresh_seed
+from tests.guard import allow, fenced, outcome
+from tests.places import PLACES
+from vattn.kernels import columns_kernel
+from vattn.kernels.columns import Columns, columns, logits
+from vattn.kernels.kv import KV
+
+LIMIT = 2e-5  # of a sum of at most some tens of weights in float32
+HALF_LIMIT = 2e-2  # products of half precision are exact in float32, their inputs are the same
+
+
+def definition(query: Tensor, kv: KV, scale: float | None) -> Columns:
+    """In float64, a sequence and a query head at a time."""
+    batch, heads, rows, dim = query.shape
+    scale = dim**-0.5 if scale is None else scale
+    counts = kv.lengths.tolist()
+    slots = list(range(batch)) if kv.slots is None else kv.slots.tolist()
+    total = torch.zeros(batch, heads, max(counts), dtype=torch.float64)
+    square, entropy = torch.zeros_like(total), torch.zeros(batch, heads, dtype=torch.float64)
+    for b, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+        for h in range(heads):
+            keys = kv.key[slot, h // (heads // kv.key.shape[1]), :count].double().cpu()
+            for r in range(rows):
+                seen = count - rows + 1 + r
+                weights = (keys[:seen] @ query[b, h, r].double().cpu() * scale).softmax(0)
+                total[b, h, :seen] += weights
+                square[b, h, :seen] += weights**2
+                entropy[b, h] += torch.special.entr(weights).sum()
+    return Columns(total, square, entropy, rows)
+
+
+def drawn(
+    counts: tuple[int, ...], heads: tuple[int, int], rows: int, dim: int, dtype: torch.dtype,
+    place: str = "cpu", slots: tuple[int, ...] | None = None,
+) -> tuple[Tensor, KV]:  # fmt: skip
+    """A query and K, NaN behind the lengths."""
+    reserved, many = max(counts) + 9, max(slots or range(len(counts))) + 1
+    key = torch.full((many, heads[1], reserved, dim), math.nan)
+    for slot, count in zip(slots or range(len(counts)), counts, strict=True):
+        key[slot, :, :count] = torch.randn(heads[1], count, dim)
+    query = torch.randn(len(counts), heads[0], rows, dim).to(dtype).to(place)
+    key = key.to(dtype).to(place)
+    at = None if slots is None else torch.tensor(slots, device=place)
+    return query, KV(key, key, torch.tensor(counts, device=place), slots=at)
+
+
+def assert_right(found: Columns, right: Columns, limit: float = LIMIT) -> None:
+    assert found.rows == right.rows
+    for name in ("total", "square", "entropy"):
+        have, want = getattr(found, name).cpu().double(), getattr(right, name)
+        assert have.shape == want.shape
+        assert (have - want).abs().max() <= limit * right.rows, name
+
+
+CASES = [
+    pytest.param((70, 33), (4, 2), 5, 16, None, id="window"),
+    pytest.param((40,), (2, 2), 40, 8, None, id="whole prompt"),
+    pytest.param((130, 1, 64), (8, 1), 1, 32, (4, 0, 2), id="one row, slots"),
+    pytest.param((97, 50), (3, 3), 50, 20, (1, 3), id="odd width"),
+]
+
+
+@pytest.mark.parametrize(("counts", "heads", "rows", "dim", "slots"), CASES)
+def test_torch_gives_the_definition(counts, heads, rows, dim, slots):
+    fresh_seed()
+    query, kv = drawn(counts, heads, rows, dim, torch.float32, slots=slots)
+    assert_right(columns(query, kv), definition(query, kv, None))
+    assert_right(columns(query, kv, scale=0.7), definition(query, kv, 0.7))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("counts", "heads", "rows", "dim", "slots"), CASES)
+def test_the_kernel_gives_the_definition(counts, heads, rows, dim, slots, place):
+    fresh_seed()
+    query, kv = drawn(counts, heads, rows, dim, torch.float32, place, slots)
+    assert_right(columns_kernel.columns(query, kv), definition(query, kv, None))
+    assert_right(columns_kernel.columns(query, kv, scale=-0.4), definition(query, kv, -0.4))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, place: str):
+    fresh_seed()
+    query, kv = drawn((66, 40), (4, 2), 20, 16, dtype, place)
+    right = definition(query, kv, None)
+    assert_right(columns_kernel.columns(query, kv), right, HALF_LIMIT)
+    if place == "cpu":
+        assert_right(columns(query, kv), right, LIMIT)
+
+
+def test_rows_sum_to_one_and_blocks_are_the_rows(monkeypatch: pytest.MonkeyPatch):
+    fresh_seed()
+    query, kv = drawn((60, 45), (4, 2), 30, 16, torch.float32)
+    whole = columns(query, kv)
+    assert torch.allclose(whole.total.sum(-1), torch.full((2, 4), 30.0), atol=1e-4)
+    monkeypatch.setattr("vattn.kernels.columns.SCORES", 2 * 4 * 60 * 7)
+    blocks = list(logits(query, kv))
+    assert [first for first, _ in blocks] == [0, 7, 14, 21, 28]
+    weights = torch.cat([block for _, block in blocks], 2).softmax(-1)
+    assert torch.allclose(weights.sum(2), whole.total, atol=1e-5)
+    assert_right(columns(query, kv), definition(query, kv, None))
+
+
+def test_more_rows_than_tokens_are_refused():
+    query, kv = drawn((9, 4), (2, 2), 5, 8, torch.float32)
+    for compute in (columns, columns_kernel.columns):
+        with pytest.raises(ValueError, match="shortest holds 4"):
+            compute(query, kv)
+    query, kv = drawn((9, 8), (2, 2), 5, 8, torch.float32)
+    with pytest.raises(ValueError, match="starts must be 0"):
+        columns(query, KV(kv.key, kv.value, kv.lengths, starts=torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("which", ["inside", "outside"])
+def test_no_row_behind_the_length_is_read(which: str):
+    code, said = outcome(f"tests.test_columns:read_{which}")
+    assert (code == 0) is (which == "inside"), said
+
+
+def read(rows: int) -> None:
+    """Sums over K of which the first page of each of two heads may be read: 64 rows of 64 bytes."""
+    key = fenced((1, 2, 256, 16), torch.float32)
+    for head in range(2):
+        allow(key[0, head, :64]).normal_()
+    query = torch.randn(1, 4, 3, 16)
+    kv = KV(key, key, torch.tensor([rows]))
+    for compute in (columns, columns_kernel.columns):
+        assert torch.isfinite(compute(query, kv).total).all()
+
+
+def read_inside() -> None:
+    read(64)
+
+
+def read_outside() -> None:
+    read(65)

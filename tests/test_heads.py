@@ -1,0 +1,211 @@
+"""Ranges of their own for every KV head: what is kept stays, the rest is given back."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.attention import fresh_seed
+from vattn.allocator.errors import OutOfPages, OutOfRange
+from vattn.heads import HeadCache, KeepError, as_rows
+from vattn.kernels.contract import EMPTY
+from vattn.layout import LayoutError
+
+BATCH, HEADS, DIM = 2, 3, 16
+
+
+class Mirror:
+    """What a layer should hold: rows of K and V and their positions, by sequence and head."""
+
+    def __init__(self, cache: HeadCache, layer: int) -> None:
+        self.cache, self.layer = cache, layer
+        self.rows: dict[tuple[int, int], list[tuple[int, Tensor, Tensor]]] = {
+            (b, h): [] for b in range(BATCH) for h in range(HEADS)
+        }
+        self.tokens = [0] * BATCH
+
+    def append(self, n: int, counts: list[int] | None = None) -> None:
+        k, v = torch.randn(2, BATCH, HEADS, n, DIM).unbind(0)
+        self.cache.append(self.layer, k, v, None if counts is None else np.array(counts))
+        for b, count in enumerate(counts or [n] * BATCH):
+            for h in range(HEADS):
+                self.rows[b, h] += [
+                    (self.tokens[b] + i, k[b, h, n - count + i], v[b, h, n - count + i])
+                    for i in range(count)
+                ]
+            self.tokens[b] += count
+
+    def keep(self, share: float) -> None:
+        longest = int(self.cache.lengths(self.layer).max())
+        keep = torch.rand(BATCH, HEADS, longest) < share
+        for (b, h), rows in self.rows.items():
+            keep[b, h, len(rows) :] = False
+            self.rows[b, h] = [row for row, stays in zip(rows, keep[b, h], strict=False) if stays]
+        self.cache.keep(self.layer, *as_rows(keep))
+
+    def check(self) -> None:
+        cache = self.cache
+        cache.cache.check()
+        kv, positions = cache.kv(self.layer), cache.positions(self.layer)
+        lengths = cache.lengths(self.layer)
+        assert cache.tokens[self.layer].tolist() == self.tokens
+        for (b, h), rows in self.rows.items():
+            slot = int(kv.slots[b * HEADS + h])
+            assert lengths[b, h] == len(rows)
+            for i, (position, k, v) in enumerate(rows):
+                assert positions[b, h, i] == position
+                assert torch.equal(kv.key[slot, 0, i], k)
+                assert torch.equal(kv.value[slot, 0, i], v)
+
+    def attended(self, query: Tensor) -> Tensor:
+        """The definition in float64, causal for the last queries."""
+        groups, length = query.shape[1] // HEADS, query.shape[2]
+        out = torch.empty(query.shape, dtype=torch.float64)
+        for (b, h), rows in self.rows.items():
+            keys, values = (torch.stack([row[i] for row in rows]).double() for i in (1, 2))
+            heads = slice(h * groups, (h + 1) * groups)
+            scores = query[b, heads].double() @ keys.T / DIM**0.5
+            at = torch.arange(len(rows))
+            last = len(rows) - length + torch.arange(length)
+            scores.masked_fill_(at > last[:, None], EMPTY)
+            out[b, heads] = scores.softmax(-1) @ values
+        return out
+
+
+@pytest.fixture
+def cache():
+    fresh_seed()
+    with HeadCache(2, HEADS, DIM, 512, batch=BATCH, dtype="float32") as cache:
+        yield cache
+
+
+def test_heads_keep_tokens_of_their_own(cache: HeadCache):
+    mirrors = [Mirror(cache, layer) for layer in range(2)]
+    for mirror in mirrors:
+        mirror.append(90)
+    for share in (0.7, 0.4, 0.9):
+        for mirror in mirrors:
+            mirror.keep(share)
+            mirror.append(1)
+            mirror.append(17, [17, 5])
+            mirror.check()
+    lengths = cache.lengths(0)
+    assert len(set(lengths.flatten().tolist())) > 2, "heads differ in what they keep"
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_queries_read_what_each_head_has_kept(cache: HeadCache, length: int):
+    mirror = Mirror(cache, 1)
+    mirror.append(120)
+    mirror.keep(0.5)
+    mirror.append(length)
+    query = torch.randn(BATCH, 2 * HEADS, length, DIM)
+    out, lse = cache.attend_lse(query, 1)
+    assert (out.double() - mirror.attended(query)).abs().max() < 2e-6
+    assert lse.shape == query.shape[:3]
+
+
+def test_forgetting_one_row_moves_the_last_into_its_place(cache: HeadCache):
+    mirror = Mirror(cache, 0)
+    mirror.append(30)
+    for _ in range(5):
+        calls = dict(cache.stats().calls)
+        gone = torch.tensor([[len(mirror.rows[b, h]) for h in range(HEADS)] for b in range(BATCH)])
+        gone = (torch.rand(BATCH, HEADS) * gone).long()
+        for (b, h), rows in mirror.rows.items():
+            rows[gone[b, h]] = rows[-1]
+            rows.pop()
+        cache.forget(0, gone)
+        mirror.check()
+        assert cache.stats().calls == calls, "no page was mapped or unmapped"
+
+
+def test_pages_come_back_and_a_prompt_holds_one_whole_layer():
+    with HeadCache(4, 2, 64, 4096, dtype="float32") as cache:
+        whole = 4 * 2 * 2 * 2048 * 64 * 4
+        for layer in range(4):
+            cache.append(layer, *torch.randn(2, 1, 2, 2048, 64).unbind(0))
+            held = cache.stats().mapped_bytes
+            assert held <= whole * (1 / 4 + 0.02 + 0.25 * layer / 4)
+            keep = torch.zeros(1, 2, 2048, dtype=torch.bool)
+            keep[0, :, ::4] = True
+            cache.keep(layer, *as_rows(keep))
+            cache.release()
+        usage = cache.stats()
+        assert usage.used_bytes == whole // 4
+        assert usage.mapped_bytes <= 1.02 * usage.used_bytes
+
+
+def test_crop_takes_back_what_is_still_held(cache: HeadCache):
+    mirror = Mirror(cache, 0)
+    mirror.append(50)
+    mirror.keep(0.6)
+    mirror.append(6)
+    cache.crop(0, 10)
+    mirror.tokens = [46] * BATCH
+    for key, rows in mirror.rows.items():
+        mirror.rows[key] = [row for row in rows if row[0] < 46]
+    mirror.check()
+    mirror.append(3)
+    mirror.check()
+    cache.clear(0)
+    mirror = Mirror(cache, 0)
+    mirror.append(9)
+    mirror.check()
+
+
+def test_rows_count_as_often_as_their_weights_say(cache: HeadCache):
+    """Twins merged into one row with weight 2 give what the twins gave."""
+    k, v = torch.randn(2, BATCH, HEADS, 20, DIM).unbind(0)
+    cache.append(0, *(x.repeat_interleave(2, 2) for x in (k, v)))
+    query = torch.randn(BATCH, HEADS, 1, DIM)
+    before, lse = cache.attend_lse(query, 0)
+    keep = torch.zeros(BATCH, HEADS, 40, dtype=torch.bool)
+    keep[..., ::2] = True
+    rows, counts = as_rows(keep)
+    cache.keep(0, rows, counts)
+    double = [x.repeat_interleave(2, 2) for x in (k, v)]
+    cache.replace(0, rows, counts, *double, torch.full((BATCH, HEADS, 40), 2.0).log())
+    after, merged = cache.attend_lse(query, 0)
+    assert torch.allclose(after, before, atol=1e-6)
+    assert torch.allclose(merged, lse, atol=1e-6)
+
+
+def test_what_cannot_be_is_refused_and_changes_nothing(cache: HeadCache):
+    mirror = Mirror(cache, 0)
+    mirror.append(12)
+    one = torch.ones(BATCH, HEADS, dtype=torch.int64)
+    with pytest.raises(KeepError, match="below each sequence's length"):
+        cache.keep(0, torch.full((BATCH, HEADS, 1), 12), one)
+    with pytest.raises(KeepError, match="to forget"):
+        cache.forget(0, 12 * one)
+    with pytest.raises(LayoutError, match="layer 2 does not exist"):
+        cache.lengths(2)
+    with pytest.raises(LayoutError, match="k and v must be"):
+        cache.append(0, torch.randn(1, HEADS, 2, DIM), torch.randn(1, HEADS, 2, DIM))
+    with pytest.raises(LayoutError, match="counts must be"):
+        cache.append(0, *torch.randn(2, BATCH, HEADS, 2, DIM).unbind(0), np.array([3, 1]))
+    with pytest.raises(OutOfRange):
+        cache.append(0, *torch.randn(2, BATCH, HEADS, 501, DIM).unbind(0))
+    with pytest.raises(LayoutError, match="query is"):
+        cache.attend_lse(torch.randn(BATCH, 4, 1, DIM), 0)
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(cache)
+    with pytest.raises(LayoutError, match="batch must be"):
+        HeadCache(1, 1, 8, 64, batch=0)
+    mirror.check()
+
+
+def test_a_budget_that_does_not_reach_changes_nothing():
+    with HeadCache(1, 2, 64, 4096, dtype="float32", budget_bytes=1 << 20) as cache:
+        cache.append(0, *torch.randn(2, 1, 2, 512, 64).unbind(0))
+        with pytest.raises(OutOfPages):
+            cache.append(0, *torch.randn(2, 1, 2, 3000, 64).unbind(0))
+        assert cache.lengths(0).tolist() == [[512, 512]]
+        assert cache.tokens[0].tolist() == [512]
+        cache.append(0, *torch.randn(2, 1, 2, 100, 64).unbind(0))
+        assert cache.positions(0)[0, 0].tolist() == list(range(612))

@@ -1,0 +1,336 @@
+"""An evictor at work: what attention needs is recorded, what is not worth keeping goes.
+
+    eviction = Eviction(heads, evictors.H2O(budget=0.25))
+    eviction.append(layer, k, v)                        new rows of every sequence
+    out = eviction.attend(query, layer)                 attends, observes, and evicts
+
+One call of `attend` for each layer and step, layers in order. Calls with more than `MOST_TOKENS`
+queries, and a layer's first, are prompts: after each, the layer keeps what the budget allows and
+its other pages go back to the pool, so that a prompt never holds more than one whole layer. Others
+are decode steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .batch import Ints
+from .evictor import Evictor, EvictorError, Kept, Seen, Step
+from .heads import HeadCache, as_rows
+from .kernels import score as scoring
+from .kernels.columns import padded
+from .kernels.contract import EMPTY
+from .kernels.index import Index
+from .kernels.kv import MOST_TOKENS
+from .layout import LayoutError
+from .sdpa import scaled_dot_product_attention
+
+SCORE = "score"
+# Told of each eviction: layer, what was seen, and the mask of what stayed.
+Watcher = Callable[[int, Seen, Tensor], None]
+
+
+@dataclass
+class State:
+    """What is recorded of one layer beside its rows."""
+
+    prompt: Tensor  # [B] tokens of the text when the last prompt ended
+    steps: int = 0
+    evicted: int = 0
+    budgets: Tensor | None = None  # [B, H], of an evictor that cascades
+    seen: Seen | None = None  # of a prompt that waits for the other layers
+    scores: Tensor | None = None
+
+
+class Eviction:
+    """An evictor over a `HeadCache`.
+
+    Args:
+        heads: what is kept; this object appends to it and shrinks it.
+        evictor: what to keep, see `vattn.evictors`.
+        outputs: the weight behind attention of each layer, [model width, Hq * D], for evictors that
+            ask for it (CriticalKV).
+
+    Raises:
+        EvictorError: the evictor does not suit the cache.
+    """
+
+    def __init__(
+        self, heads: HeadCache, evictor: Evictor, outputs: list[Tensor] | None = None
+    ) -> None:
+        for layer in evictor.dense_layers:
+            if not 0 <= layer < heads.layers:
+                raise EvictorError(
+                    f"dense_layers has {layer}: the cache has layers 0 to {heads.layers - 1}"
+                )
+        self.heads, self.evictor, self.outputs = heads, evictor, outputs
+        self.watchers: list[Watcher] = []
+        self._every = [i for i in range(heads.layers) if i not in evictor.dense_layers]
+        self._states = [self._fresh() for _ in range(heads.layers)]
+        self._preferences: list[Tensor] = []
+
+    def clear(self, layer: int | None = None) -> None:
+        """Forget what was recorded of a layer, or of all: the next call of it is a prompt."""
+        for i in range(self.heads.layers) if layer is None else (layer,):
+            self._states[i] = self._fresh()
+
+    def crop(self, layer: int, tokens: int) -> None:
+        """Forget the last tokens of the text, see `HeadCache.crop`. What they have added to scores
+        stays."""
+        self.heads.crop(layer, tokens)
+        state = self._states[layer]
+        state.prompt = torch.minimum(state.prompt, self._tokens(layer))
+
+    def picked(self, heads: HeadCache, order: list[int]) -> Eviction:
+        """The same over ``heads``, whose sequence i holds what sequence ``order[i]`` held here."""
+        twin = Eviction(heads, self.evictor, self.outputs)
+        index = torch.tensor(order, device=heads.device)
+        twin.watchers = self.watchers
+        twin._preferences = [each[index] for each in self._preferences]
+        twin._states = [
+            replace(
+                state,
+                prompt=state.prompt[index],
+                budgets=None if state.budgets is None else state.budgets[index],
+            )
+            for state in self._states
+        ]
+        return twin
+
+    def append(self, layer: int, k: Tensor, v: Tensor, counts: Ints | None = None) -> None:
+        """New rows [B, Hkv, n, D] of a layer, see `HeadCache.append`."""
+        self.heads.append(layer, k, v, counts)
+
+    def attend(
+        self,
+        query: Tensor,
+        layer: int,
+        *,
+        scale: float | None = None,
+        hidden: Tensor | None = None,
+        attended: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to what the layer holds, [B, Hq, L, D], the queries being the last L tokens; then
+        evict. ``hidden`` [B, L, width] is the input of this layer's attention, for evictors that
+        ask for it. ``attended`` is the result where the caller has computed it.
+
+        Raises:
+            LayoutError: the query does not suit the cache.
+            EvictorError: the evictor asks for what it was not given.
+        """
+        heads, state, evictor = self.heads, self._states[layer], self.evictor
+        length = query.shape[2]
+        factor = query.shape[3] ** -0.5 if scale is None else float(scale)
+        prompt = length > MOST_TOKENS or not bool(state.prompt.any())
+        if length > int(heads.tokens[layer].max()):
+            raise LayoutError(
+                f"layer {layer} holds fewer tokens than the {length} queries: append first"
+            )
+        lse = None
+        if attended is None:
+            attended, lse = heads.attend_lse(query, layer, scale=factor)
+        if layer in evictor.dense_layers:
+            state.prompt = self._tokens(layer)
+            return attended
+        if prompt:
+            self._prompt(query, layer, factor, length, hidden)
+        else:
+            self._step(query, layer, factor, lse)
+        return attended
+
+    def kept(self) -> list[Kept]:
+        """What each layer has kept so far."""
+        found = []
+        for layer, state in enumerate(self._states):
+            lengths = self.heads.lengths(layer)
+            found.append(
+                Kept(
+                    int(self.heads.tokens[layer].sum()),
+                    float(lengths.mean(1).sum()),
+                    state.evicted,
+                    state.steps,
+                    tuple(lengths.flatten().tolist()),
+                )
+            )
+        return found
+
+    # ---- prompts -------------------------------------------------------------------------------
+    def _prompt(
+        self, query: Tensor, layer: int, scale: float, length: int, hidden: Tensor | None
+    ) -> None:
+        state, evictor = self._states[layer], self.evictor
+        if layer == self._every[0]:
+            self._preferences.clear()
+        state.prompt = self._tokens(layer)
+        seen = self._seen(layer, scale)
+        seen.fresh, seen.hidden = length, hidden
+        # Padded prompts are of different lengths: each has queries of its own.
+        padded = int(state.prompt.min()) < length and self.heads.batch > 1
+        parts = [seen.alone(b) for b in range(self.heads.batch)] if padded else [seen]
+        for b, part in enumerate(parts):
+            wanted = min(evictor.rows(length), length, int(part.counts.min()))
+            if wanted:
+                rows = query[b : b + 1] if padded else query
+                part.query = rows[:, :, length - wanted :]
+        found = [evictor.score(part) for part in parts]
+        scores = _side_by_side(found)
+        seen.score.copy_(scores.masked_fill(~seen.valid, 0.0))
+        if evictor.joint:
+            state.seen, state.scores, seen.query = seen, scores, None
+            if layer == self._every[-1]:
+                self._jointly(seen.target)
+            return
+        if evictor.cascades:
+            self._preferences.append(torch.cat([evictor.preference(part) for part in parts]))
+            self._cascade(layer, seen)
+            return
+        chosen = [
+            evictor.choose(score, part, evictor.budgets(part))
+            for score, part in zip(found, parts, strict=True)
+        ]
+        self._keep(layer, seen, _side_by_side(chosen))
+
+    def _cascade(self, layer: int, seen: Seen) -> None:
+        """Budgets of all layers so far follow from what they prefer; they only shrink."""
+        count = len(self._every)
+        preferences = torch.stack(self._preferences)
+        shares = self.evictor.shares(preferences, count, seen.target, seen.tokens)
+        for i, share in zip(self._every, shares, strict=False):
+            now = seen if i == layer else self._seen(i, seen.scale)
+            budgets = share[:, None].expand(now.counts.shape)
+            self._states[i].budgets = budgets
+            self._keep(i, now, self.evictor.choose(now.score, now, budgets))
+
+    def _jointly(self, target: Tensor) -> None:
+        layers = [i for i, state in enumerate(self._states) if state.seen is not None]
+        seen = [self._states[i].seen for i in layers]
+        scores = [self._states[i].scores for i in layers]
+        masks = self.evictor.choose_jointly(scores, seen, target)  # type: ignore[arg-type]
+        for i, some, mask in zip(layers, seen, masks, strict=True):
+            assert some is not None
+            self._keep(i, some, mask)
+            self._states[i].seen = self._states[i].scores = None
+
+    def _tokens(self, layer: int) -> Tensor:
+        return torch.from_numpy(self.heads.tokens[layer].copy()).to(self.heads.device)
+
+    def _fresh(self) -> State:
+        return State(torch.zeros(self.heads.batch, dtype=torch.int64, device=self.heads.device))
+
+    # ---- steps ---------------------------------------------------------------------------------
+    def _step(self, query: Tensor, layer: int, scale: float, lse: Tensor | None) -> None:
+        state, evictor = self._states[layer], self.evictor
+        state.steps += 1
+        if evictor.watches:
+            self._observe(query, layer, scale, lse)
+        if not evictor.decodes or state.steps % evictor.every:
+            return
+        seen = self._seen(layer, scale)
+        budgets = state.budgets
+        if budgets is None:
+            budgets = evictor.budgets(seen)
+        excess = seen.counts - budgets
+        if not evictor.adaptive and not bool((excess > 0).any()):
+            return
+        scores = evictor.rescore(seen)
+        if type(evictor).choose is Evictor.choose and bool((excess == 1).all()):
+            self.heads.forget(layer, evictor.worst(scores, seen))
+            state.evicted += excess.numel()
+        else:
+            self._keep(layer, seen, evictor.choose(scores, seen, budgets))
+
+    def _observe(self, query: Tensor, layer: int, scale: float, lse: Tensor | None) -> None:
+        """Let the evictor see the attention of a decode step."""
+        heads, state = self.heads, self._states[layer]
+        rows, kv, longest = heads.rows_of(query), heads.kv(layer), int(heads.lengths(layer).max())
+        index = Index((kv.key,), kv.lengths, kv.slots)
+        length = query.shape[2]
+        found = scoring.summaries(rows, index, longest, scale=scale)[:, 0]  # [ranges, G * L, n]
+        if length > 1:  # a query does not see the tokens behind it
+            row = torch.arange(found.shape[1], device=found.device) % length
+            assert kv.lengths is not None
+            last = (kv.lengths[:, None] - length + row)[..., None]
+            found.masked_fill_(torch.arange(longest, device=found.device) > last, EMPTY)
+        if lse is None:
+            sums = found.logsumexp(-1)
+        else:
+            sums = lse.unflatten(1, (heads.kv_heads, -1)).flatten(2).flatten(0, 1)
+        shape = (heads.batch, heads.kv_heads)
+        step = Step(
+            found.unflatten(0, shape),
+            sums.unflatten(0, shape),
+            heads.positions(layer),
+            heads.counts(layer),
+            torch.from_numpy(heads.tokens[layer]).to(heads.device),
+            length,
+            state.steps - 1,
+            layer,
+        )
+        track = heads.track(layer, SCORE)
+        track.copy_(self.evictor.observe(track, step))
+
+    # ---- inside --------------------------------------------------------------------------------
+    def _seen(self, layer: int, scale: float) -> Seen:
+        heads = self.heads
+        kv = heads.kv(layer)
+
+        def gather(side: int) -> Tensor:
+            assert kv.lengths is not None
+            rows = padded((kv.key, kv.value)[side], kv, kv.lengths.tolist())
+            return rows[:, 0].unflatten(0, (heads.batch, heads.kv_heads))
+
+        return Seen(
+            layer,
+            heads.layers,
+            heads.positions(layer),
+            heads.counts(layer),
+            torch.from_numpy(heads.tokens[layer].copy()).to(heads.device),
+            self.evictor.target(self._states[layer].prompt),
+            heads.track(layer, SCORE),
+            kv,
+            scale,
+            output=None if self.outputs is None else self.outputs[layer],
+            gather=gather,
+        )
+
+    def _keep(self, layer: int, seen: Seen, mask: Tensor) -> None:
+        """Keep the rows of a mask and give the pages of the others back."""
+        mask = mask & seen.valid
+        gone = int(seen.counts.sum()) - int(mask.sum())
+        if not gone:
+            return
+        merged = self.evictor.merged(seen, mask)
+        for watch in self.watchers:
+            watch(layer, seen, mask)
+        rows, counts = as_rows(mask)
+        self.heads.keep(layer, rows, counts)
+        if merged is not None:
+            self.heads.replace(layer, rows, counts, *merged)
+        self._states[layer].evicted += gone
+        self.heads.release()
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """[1, H, n] of each sequence as one [B, H, n]; 0 behind the shorter ones."""
+    longest = max(part.shape[2] for part in parts)
+    if all(part.shape[2] == longest for part in parts):
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    out = parts[0].new_zeros(len(parts), parts[0].shape[1], longest)
+    for row, part in zip(out, parts, strict=True):
+        row[:, : part.shape[2]] = part[0]
+    return out
+
+
+def dense_prompt(
+    query: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attention of a prompt that is all there is: no row need be read back."""
+    causal = mask is None and query.shape[2] > 1
+    grouped = query.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(
+        query, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped
+    )

@@ -1,0 +1,327 @@
+"""What is kept of a prompt, and what goes at each step: the protocol of eviction policies.
+
+An *evictor* is a frozen dataclass. It scores the tokens that a KV head holds and keeps the best
+within a budget; what it does not keep is gone, and its memory with it. It owns no memory and
+touches none: `vattn.eviction` records what it wants to know (`Seen`, `Step`), calls it at safe
+points, moves the rows, and gives the pages back.
+
+    prompt   attend ──► score(seen) ──► choose within budgets ──► compacted, pages given back
+    step     attend ──► observe(score, step) ──► over the budget: the least goes
+
+The score of each token is recorded beside its row and moves with it; so what is kept is a pure
+function of what was recorded, and a few lines of torch can replay it (tests/test_evictors.py). At
+or above as many tokens as there are, nothing is evicted and results are those of a dense cache,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .allocator.errors import VattnError
+from .kernels.columns import Columns, columns, logits
+from .kernels.contract import EMPTY
+from .kernels.kv import KV
+from .selector import Caps
+
+ALL_ROWS = 1 << 62  # every query of the prompt
+BEST = float("inf")
+
+
+class EvictorError(VattnError, ValueError):
+    """An evictor's parameter that is out of range, or a model that it does not suit."""
+
+
+@dataclass(eq=False)
+class Seen:
+    """What an evictor sees of one layer after a prompt, or when it has to drop something.
+
+    Shapes: B sequences, H KV heads, n rows of the longest range; what lies behind a range's
+    ``counts`` means nothing (`valid`). Rows are in the order of the text after a prompt; after
+    steps that dropped one token each, any order: ``positions`` says.
+
+    Args:
+        layer, layers: which of how many.
+        positions: [B, H, n] int64, where each row's token stood in the text.
+        counts: [B, H] int64, rows held.
+        tokens: [B] int64, tokens of the text so far, kept or not.
+        target: [B] int64, tokens that a head is to keep on average (`Evictor.target`).
+        score: [B, H, n] float32, what the evictor recorded; 0 for new rows.
+        kv: the ranges as kernels see them, B * H sequences of one KV head.
+        scale: of the scores of attention.
+        query: [B, Hq, R, D], the last R queries, as many as the evictor asked for (`rows`); None
+            between prompts.
+        fresh: rows of each range that this prompt brought.
+        output: [model width, Hq * D], the weight behind attention, for evictors that ask for it.
+        hidden: [B, n', width], the input of this layer's attention for the prompt, likewise.
+        sequence: place in the batch of the first of the B sequences, see `alone`.
+    """
+
+    layer: int
+    layers: int
+    positions: Tensor
+    counts: Tensor
+    tokens: Tensor
+    target: Tensor
+    score: Tensor
+    kv: KV
+    scale: float
+    query: Tensor | None = None
+    fresh: int = 0
+    output: Tensor | None = None
+    hidden: Tensor | None = None
+    sequence: int = 0
+    gather: Callable[[int], Tensor] | None = None  # K (0) or V (1) as [B, H, n, D]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """[B, H, n] bool: rows that there are."""
+        at = torch.arange(self.positions.shape[2], device=self.positions.device)
+        return at < self.counts[..., None]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """K [B, H, n, D]; 0 behind the counts."""
+        assert self.gather is not None
+        return self.gather(0)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """V [B, H, n, D]; 0 behind the counts."""
+        assert self.gather is not None
+        return self.gather(1)
+
+    @cached_property
+    def age(self) -> Tensor:
+        """[B, H, n] int64: tokens of the text since each row's, 0 for the newest."""
+        return self.tokens[:, None, None] - 1 - self.positions
+
+    def alone(self, b: int) -> Seen:
+        """One sequence of the batch, as a run of it alone would see it; ``query`` is left out."""
+        heads, kv = self.counts.shape[1], self.kv
+        ranges, one = slice(b * heads, (b + 1) * heads), slice(b, b + 1)
+        longest, fresh = int(self.counts[b].max()), min(self.fresh, int(self.tokens[b]))
+        assert kv.lengths is not None
+        assert kv.slots is not None
+        return replace(
+            self,
+            positions=self.positions[one, :, :longest],
+            counts=self.counts[one],
+            tokens=self.tokens[one],
+            target=self.target[one],
+            score=self.score[one, :, :longest],
+            kv=replace(kv, lengths=kv.lengths[ranges], slots=kv.slots[ranges]),
+            query=None,
+            fresh=fresh,
+            sequence=self.sequence + b,
+            hidden=None if self.hidden is None else self.hidden[one, -fresh:],
+            gather=lambda side: (self.values if side else self.keys)[one, :, :longest],
+        )
+
+    def columns(self, rows: int = ALL_ROWS) -> Columns:
+        """Sums of attention over the last ``rows`` queries: total, square [B, H, G, n], entropy
+        [B, H, G], with G query heads of a KV head. See `kernels.columns`."""
+        found = columns(self._rows(rows), self.kv, scale=self.scale)
+        shape = self.counts.shape
+        total, square = (x.unflatten(0, shape) for x in (found.total, found.square))
+        return Columns(total, square, found.entropy.unflatten(0, shape), found.rows)
+
+    def logits(self, rows: int = ALL_ROWS) -> Iterator[tuple[Tensor, Tensor]]:
+        """The last ``rows`` queries a block at a time: their positions [B, r], and scale * q k^T
+        [B, H, G, r, n] float32, -inf where a query sees nothing."""
+        query = self._rows(rows)
+        first = self.tokens - query.shape[2]
+        for start, block in logits(query, self.kv, scale=self.scale):
+            at = torch.arange(start, start + block.shape[2], device=block.device)
+            yield first[:, None] + at, block.unflatten(0, self.counts.shape)
+
+    def _rows(self, rows: int) -> Tensor:
+        if self.query is None:
+            raise EvictorError("there are no queries between prompts: keep what you need in score")
+        query = self.query[:, :, -min(rows, self.query.shape[2]) :]
+        return query.unflatten(1, (self.counts.shape[1], -1)).flatten(0, 1)
+
+
+@dataclass(eq=False)
+class Step:
+    """What an evictor sees of one layer after a decode step: attention of L new tokens to all rows.
+
+    Args:
+        logits: [B, H, G * L, n] float32, scale * q k; -inf where a query sees nothing. Row
+            g * L + l is query head g of the group.
+        lse: [B, H, G * L] float32, log of the sum of their exponentials.
+        positions, counts, tokens: as in `Seen`.
+        fresh: L.
+        number: decode steps of this layer before this one.
+        layer: which.
+    """
+
+    logits: Tensor
+    lse: Tensor
+    positions: Tensor
+    counts: Tensor
+    tokens: Tensor
+    fresh: int
+    number: int
+    layer: int = 0
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """[B, H, G * L, n] float32: attention, each row sums to 1."""
+        return (self.logits - self.lse[..., None]).exp_()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evictor:
+    """Keep the tokens with the highest scores; what most policies are.
+
+    Args:
+        budget: tokens that a KV head keeps on average: a share of the prompt (a float in (0, 1]) or
+            a number (an int).
+        sink_tokens, recent_tokens: the first tokens of the text and the last ones are kept in any
+            case; they count in the budget.
+        every: decode steps from one eviction to the next; in between a head holds as many tokens
+            more. 1: at its budget a head drops a token for each it gets.
+        dense_layers: layers that keep everything.
+
+    Raises:
+        EvictorError: a parameter is out of range; the message names it.
+    """
+
+    budget: float | int = 0.5
+    sink_tokens: int = 4
+    recent_tokens: int = 32
+    every: int = 1
+    dense_layers: tuple[int, ...] = ()
+
+    caps: ClassVar[Caps]
+    source: ClassVar[str]  # paper, and where its defaults come from
+    summary: ClassVar[str]  # what it scores, in a line
+    decodes: ClassVar[bool] = False  # drops tokens at decode steps, too
+    watches: ClassVar[bool] = False  # wants the attention of decode steps
+    cascades: ClassVar[bool] = False  # a layer's budget follows from all layers so far
+    joint: ClassVar[bool] = False  # decides for all layers after the last one
+    adaptive: ClassVar[bool] = False  # has no budget: what it keeps follows from the scores
+
+    def __post_init__(self) -> None:
+        share = isinstance(self.budget, float) and 0 < self.budget <= 1
+        number = isinstance(self.budget, int) and not isinstance(self.budget, bool)
+        if not share and not (number and self.budget >= 1):
+            raise EvictorError(
+                "budget must be a share of the prompt, a float in (0, 1], or a number of tokens, "
+                f"an int >= 1; got {self.budget!r}"
+            )
+        for name, least in (("sink_tokens", 0), ("recent_tokens", 0), ("every", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise EvictorError(f"{name} must be an int >= {least}, got {value!r}")
+        if number and self.budget < self.sink_tokens + self.recent_tokens:
+            raise EvictorError(
+                f"budget must be >= {self.sink_tokens + self.recent_tokens} (sink_tokens "
+                f"{self.sink_tokens} and recent_tokens {self.recent_tokens} count in it), got "
+                f"{self.budget}"
+            )
+
+    # ---- how much ------------------------------------------------------------------------------
+    def target(self, tokens: Tensor) -> Tensor:
+        """Tokens that a KV head keeps on average of a prompt of ``tokens`` [B]: [B] int64, at least
+        what is kept in any case."""
+        if isinstance(self.budget, int):
+            return torch.full_like(tokens, self.budget)
+        least = self.sink_tokens + self.recent_tokens
+        return (tokens * self.budget).round().long().clamp_min(max(1, least))
+
+    def budgets(self, seen: Seen) -> Tensor:
+        """Tokens for each head of this layer, [B, H] int64: ``seen.target`` each by default. Over
+        all layers and heads they sum to the target times their number."""
+        return seen.target[:, None].expand_as(seen.counts)
+
+    # ---- what is wanted ------------------------------------------------------------------------
+    def rows(self, tokens: int) -> int:
+        """Queries of a prompt of ``tokens`` tokens that `score` looks at: the last so many."""
+        return 0
+
+    # ---- scores --------------------------------------------------------------------------------
+    def score(self, seen: Seen) -> Tensor:
+        """The worth of each row after a prompt, [B, H, n] float32; behind the counts anything."""
+        raise NotImplementedError
+
+    def observe(self, score: Tensor, step: Step) -> Tensor:
+        """The scores after a decode step, for evictors that watch: [B, H, n] float32. New rows come
+        with 0."""
+        return score
+
+    def rescore(self, seen: Seen) -> Tensor:
+        """The scores when a step has to drop something: those recorded, by default."""
+        return seen.score
+
+    # ---- choosing ------------------------------------------------------------------------------
+    def forced(self, seen: Seen) -> Tensor:
+        """[B, H, n] bool: rows that are kept in any case."""
+        return (seen.positions < self.sink_tokens) | (seen.age < self.recent_tokens)
+
+    def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
+        """Which rows are kept, [B, H, n] bool: those in any case, and of the others the best. Ties:
+        the lowest row."""
+        ranked = score.masked_fill(self.forced(seen), BEST).masked_fill(~seen.valid, EMPTY)
+        return best(ranked, budgets) & seen.valid
+
+    def worst(self, score: Tensor, seen: Seen) -> Tensor:
+        """The row that each head drops where it drops one, [B, H]: the least of the others; of
+        equals the last."""
+        ranked = score.masked_fill(self.forced(seen) | ~seen.valid, BEST)
+        last = ranked.shape[-1] - 1
+        return last - ranked.flip(-1).argmin(-1)
+
+    def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """New K and V of the rows of ``keep`` [B, H, n], where what goes is merged into what stays:
+        [B, H, n, D] each (other rows are ignored), and the log of how many tokens each row stands
+        for, [B, H, n], or None where it does not count. None: nothing is merged."""
+        return None
+
+    # ---- across layers -------------------------------------------------------------------------
+    def preference(self, seen: Seen) -> Tensor:
+        """How much of the budget this layer deserves, [B] float: for evictors that cascade."""
+        raise NotImplementedError
+
+    def shares(self, preferences: Tensor, layers: int, target: Tensor, tokens: Tensor) -> Tensor:
+        """Budgets of the layers so far, [l, B] int64, from their preferences [l, B]: budgets only
+        shrink as layers come, and those of all ``layers`` sum to target * layers. ``tokens`` [B]:
+        of the text; no layer can keep more."""
+        raise NotImplementedError
+
+    def choose_jointly(
+        self, scores: list[Tensor], seen: list[Seen], target: Tensor
+    ) -> list[Tensor]:
+        """What all layers keep, for evictors that decide once all have been scored."""
+        raise NotImplementedError
+
+
+def best(ranked: Tensor, budgets: Tensor) -> Tensor:
+    """The ``budgets`` [...] highest of ``ranked`` [..., n] as a mask; of equals the lowest."""
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    at = torch.arange(ranked.shape[-1], device=ranked.device)
+    within = at < budgets[..., None]
+    return torch.zeros_like(within).scatter_(-1, order, within)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a layer has kept: tokens seen, rows held by its heads on average, and evicted so far."""
+
+    seen: int
+    held: float
+    evicted: int
+    steps: int = 0
+    budgets: tuple[int, ...] = field(default=())
+
+    @property
+    def share(self) -> float:
+        """Rows held of tokens seen; 1.0 where none were seen."""
+        return self.held / self.seen if self.seen else 1.0

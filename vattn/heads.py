@@ -1,0 +1,378 @@
+"""K and V of which every KV head of every layer keeps tokens of its own: what eviction works on.
+
+    one range for each (layer, sequence, head), all in one `KVCache` of a single layer and head:
+
+    slot  (layer * batch + sequence) * kv_heads + head
+    rows  0 ....... counts      0 ....... counts      0 ....... counts       any counts, no padding
+          │ kept │ new │        │  kept    │ new │    │ k │ new │
+
+Kernels see a batch of ``batch * kv_heads`` sequences with one KV head each: nothing of them has to
+know about eviction. `keep` closes the gaps and gives the pages behind back; the addresses stay.
+Beside K and V lies for each row where its token stood in the text (``positions``), and whatever
+else a policy tracks (`Track`): what is kept of K is kept of these.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn, SupportsIndex
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ragged
+from .allocator.errors import VattnError
+from .allocator.pool import Pool
+from .batch import Batch, Ints
+from .cache import ALL, CopyRefused, KVCache
+from .kernels import sparse, stream
+from .kernels.compact import compact
+from .kernels.contract import plain_rows
+from .kernels.kv import KV
+from .kernels.selection import Selection
+from .layout import Layout, LayoutError
+from .usage import Usage
+
+
+class KeepError(VattnError, ValueError):
+    """Rows to keep that a head does not hold."""
+
+
+class Track:
+    """A number for each row of each range of a layer: [batch, kv_heads, n], growing at its end.
+
+    Ordinary tensors even where they are made under inference_mode: later steps write to them.
+    """
+
+    def __init__(self, batch: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows = torch.zeros(batch, kv_heads, 0, dtype=dtype, device=device)
+
+    @torch.inference_mode(False)
+    def get(self, longest: int) -> Tensor:
+        """The first ``longest`` numbers of each range; 0 where none was set. A view to write to."""
+        have = self._rows.shape[2]
+        if have < longest:
+            more = max(longest - have, have // 2)
+            self._rows = torch.nn.functional.pad(self._rows, (0, more))
+        return self._rows[:, :, :longest]
+
+    @torch.inference_mode(False)
+    def keep(self, rows: Tensor) -> None:
+        """Rows [batch, kv_heads, m] become the first m; what lies behind is 0."""
+        self._rows = self._rows.gather(2, rows)
+
+    def clear_behind(self, counts: Tensor) -> None:
+        """Numbers of rows from ``counts`` [batch, kv_heads] on become 0."""
+        at = torch.arange(self._rows.shape[2], device=self._rows.device)
+        self._rows.masked_fill_(at >= counts[..., None], 0)
+
+
+class HeadCache:
+    """K and V of a batch of sequences, a range for each KV head of each layer.
+
+    Args:
+        layers, kv_heads, head_dim: of the model.
+        max_tokens: most rows of a range; address space only.
+        batch: sequences.
+        dtype, page_bytes: see `Layout`.
+        device, budget_bytes, pool: see `KVCache`.
+
+    Raises:
+        LayoutError, ReserveError, MapLimitError, NoDeviceError: as `KVCache`.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        max_tokens: int,
+        *,
+        batch: int = 1,
+        dtype: str = "bfloat16",
+        page_bytes: int | None = None,
+        device: str | torch.device | None = None,
+        budget_bytes: int | None = None,
+        pool: Pool | None = None,
+    ) -> None:
+        for name, value in (("layers", layers), ("kv_heads", kv_heads), ("batch", batch)):
+            if not isinstance(value, int) or value < 1:
+                raise LayoutError(f"{name} must be a positive int, got {value!r}")
+        self.layers, self.kv_heads, self.batch = layers, kv_heads, batch
+        layout = Layout(1, 1, head_dim, max_tokens, dtype=dtype, page_bytes=page_bytes)
+        self.cache = KVCache(
+            layout,
+            slots=layers * batch * kv_heads,
+            device=device,
+            budget_bytes=budget_bytes,
+            pool=pool,
+        )
+        self.layout, self.device, self.dtype = layout, self.cache.device, self.cache.dtype
+        many = batch * kv_heads
+        try:
+            every = self.cache.open_batch(layers * many)
+            self._ranges = [
+                self.cache.batch(every[at : at + many]) for at in range(0, len(every), many)
+            ]
+            self._key, self._value = self.cache.reserved(0)
+        except BaseException:
+            self.cache.close()
+            raise
+        self.tracks: list[dict[str, Track]] = [{} for _ in range(layers)]
+        self.tokens = np.zeros((layers, batch), np.int64)  # seen, kept or not
+        self._places = self._addresses()
+
+    # ---- what there is -------------------------------------------------------------------------
+    def lengths(self, layer: int) -> Ints:
+        """Rows that each range of a layer holds, [batch, kv_heads]."""
+        held = self.cache.lengths[self._of(layer).slots, 0]
+        return held.reshape(self.batch, self.kv_heads)
+
+    def counts(self, layer: int) -> Tensor:
+        """`lengths` as a tensor on the device."""
+        return torch.from_numpy(self.lengths(layer)).to(self.device)
+
+    def track(self, layer: int, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Numbers beside the rows of a layer, [batch, kv_heads, n] with n rows of the longest
+        range: 0 until they are written."""
+        found = self.tracks[layer].get(name)
+        if found is None:
+            found = self.tracks[layer][name] = Track(self.batch, self.kv_heads, dtype, self.device)
+        return found.get(int(self.lengths(layer).max()))
+
+    def positions(self, layer: int) -> Tensor:
+        """Where the token of each row stood in its text, [batch, kv_heads, n] int64, from 0 on; any
+        number behind a range's length."""
+        return self.track(layer, "position", torch.int64)
+
+    def kv(self, layer: int) -> KV:
+        """The ranges of a layer as kernels see them: batch * kv_heads sequences of one KV head. For
+        use within one call."""
+        slots = self._of(layer).slots
+        lengths = torch.from_numpy(self.cache.lengths[slots, 0]).to(self.device)
+        of = torch.from_numpy(slots).to(self.device)
+        return KV(self._key, self._value, lengths, slots=of)
+
+    def stats(self) -> Usage:
+        """See `KVCache.stats`."""
+        return self.cache.stats()
+
+    # ---- growing -------------------------------------------------------------------------------
+    def append(self, layer: int, k: Tensor, v: Tensor, counts: Ints | None = None) -> None:
+        """Write new rows [batch, kv_heads, n, head_dim] behind the old ones; of sequence b the last
+        ``counts[b]`` (padding is on the left), all by default.
+
+        Raises:
+            LayoutError, OutOfRange, OutOfPages, MapLimitError, DriverError: as `KVCache.append`;
+            no range has changed.
+        """
+        ranges = self._of(layer)
+        if k.dim() != 4 or k.shape[:2] != (self.batch, self.kv_heads) or v.shape != k.shape:
+            raise LayoutError(
+                f"k and v must be [{self.batch}, {self.kv_heads}, n, {self.layout.head_dim}], got "
+                f"{tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        new = k.shape[2]
+        before = self.lengths(layer)
+        if counts is None or bool((counts == new).all()):
+            self.cache.append(0, k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], ranges)
+            added = np.full(self.batch, new, np.int64)
+        else:
+            added = np.asarray(counts, np.int64)
+            if added.shape != (self.batch,) or added.min() < 0 or added.max() > new:
+                raise LayoutError(f"counts must be {self.batch} ints from 0 to {new}, got {counts}")
+            keys, values = (
+                torch.cat([x[b, :, new - n :].flatten(0, 1) for b, n in enumerate(added.tolist())])
+                for x in (k, v)
+            )
+            each = np.repeat(added, self.kv_heads).tolist()
+            self.cache.append(0, keys[None], values[None], ranges, counts=each)
+        positions, start = self.positions(layer), self.tokens[layer]
+        if int(before.min()) == int(before.max()) and int(added.min()) == new:
+            at = torch.from_numpy(start).to(self.device)[:, None, None]
+            positions[:, :, int(before[0, 0]) :] = at + torch.arange(new, device=self.device)
+        else:
+            for b, n in enumerate(added.tolist()):
+                line = torch.arange(start[b], start[b] + n, device=self.device)
+                for h in range(self.kv_heads):
+                    positions[b, h, before[b, h] : before[b, h] + n] = line
+        self.tokens[layer] += added
+
+    # ---- reading -------------------------------------------------------------------------------
+    def attend_lse(
+        self, query: Tensor, layer: int, *, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to all rows of a layer: query [batch, Hq, L, head_dim], the last L tokens of each
+        sequence, causally; returns the same shape, and the log-sum-exp [batch, Hq, L].
+
+        Raises:
+            LayoutError: the query does not suit the cache.
+        """
+        rows = self.rows_of(query)
+        if "log_weight" in self.tracks[layer]:
+            out, lse = self._attend_weighted(rows, layer, scale)
+        elif (
+            rows.is_cpu
+            and rows.shape[1] * rows.shape[2] <= ragged.STREAM_ROWS
+            and (stream.available() is None)
+        ):
+            ranges = self._of(layer)
+            k, v = self._places
+            lengths = self.cache.lengths[ranges.slots, 0]
+            places = stream.Rows(
+                k[ranges.slots], v[ranges.slots], lengths, 1, 0, self.layout.row_bytes, keep=self
+            )
+            out, lse = stream.stream_ragged(plain_rows(rows), places, scale=scale)
+        else:
+            view = self.cache.view(self._of(layer).sequences)
+            out, lse = ragged.attend_lse(rows, view, 0, scale=scale)
+        return out.view(query.shape), lse.view(query.shape[:3])
+
+    def rows_of(self, query: Tensor) -> Tensor:
+        """A query [batch, Hq, L, D] as one of the ranges, [batch * kv_heads, Hq / kv_heads, L, D].
+
+        Raises:
+            LayoutError: it does not suit the cache.
+        """
+        if query.dim() != 4 or query.shape[0] != self.batch or query.shape[1] % self.kv_heads:
+            raise LayoutError(
+                f"query is {tuple(query.shape)}: must be [{self.batch}, a multiple of "
+                f"{self.kv_heads} heads, tokens, {self.layout.head_dim}]"
+            )
+        if query.dtype != self.dtype or query.device != self.device:
+            raise LayoutError(
+                f"query is {query.dtype} on {query.device}, the cache {self.dtype} on {self.device}"
+            )
+        return query.unflatten(1, (self.kv_heads, -1)).flatten(0, 1)
+
+    def _attend_weighted(
+        self, rows: Tensor, layer: int, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each row counts as often as its weight says (merged tokens): its log joins the score."""
+        kv, longest = self.kv(layer), int(self.lengths(layer).max())
+        ids = torch.arange(longest, dtype=torch.int32, device=self.device)
+        logs = self.track(layer, "log_weight").flatten(0, 1)[:, None]
+        assert kv.lengths is not None
+        count = kv.lengths.to(torch.int32)[:, None]
+        chosen = Selection(ids.expand(len(rows), 1, -1).contiguous(), count, 1, logs.contiguous())
+        return sparse.attend(rows.contiguous(), kv, chosen, scale=scale)[:2]
+
+    # ---- shrinking -----------------------------------------------------------------------------
+    def keep(self, layer: int, rows: Tensor, counts: Tensor) -> None:
+        """Keep of each range the rows [batch, kv_heads, m] (int64, ascending, the first ``counts``
+        [batch, kv_heads] of them), close the gaps, and give the pages behind back.
+
+        Raises:
+            KeepError: rows that do not ascend or are not there. Nothing has changed.
+        """
+        ranges = self._of(layer)
+        try:
+            compact(self.kv(layer), rows.flatten(0, 1)[:, None], counts.view(-1, 1))
+        except ValueError as error:
+            raise KeepError(str(error)) from error
+        for track in self.tracks[layer].values():
+            track.get(int(self.lengths(layer).max()))
+            track.keep(rows)
+            track.clear_behind(counts)
+        self.cache.truncate_batch(ranges, counts.flatten().cpu().numpy())
+
+    def replace(
+        self, layer: int, rows: Tensor, counts: Tensor, k: Tensor, v: Tensor, logs: Tensor | None
+    ) -> None:
+        """After `keep`: the rows kept hold what k and v [batch, kv_heads, n, head_dim] have in the
+        places they came from. ``logs`` [batch, kv_heads, n]: log of how many tokens each stands
+        for."""
+        ranges = self._of(layer)
+        slots = ranges.slots.reshape(self.batch, self.kv_heads)
+        for b, many in enumerate(counts.tolist()):
+            for h, count in enumerate(many):
+                of = rows[b, h, :count]
+                self._key[slots[b, h], 0, :count] = k[b, h, of].to(self.dtype)
+                self._value[slots[b, h], 0, :count] = v[b, h, of].to(self.dtype)
+        if logs is not None:
+            self.track(layer, "log_weight").copy_(logs.gather(2, rows))
+
+    def forget(self, layer: int, rows: Tensor) -> None:
+        """Drop one row of every range, rows [batch, kv_heads]: the last takes its place. What a
+        decode step does at its budget: two rows moved a range, no page mapped or unmapped.
+
+        Raises:
+            KeepError: a range holds no such row. Nothing has changed.
+        """
+        ranges, last = self._of(layer), self.counts(layer) - 1
+        if rows.shape != last.shape or bool(((rows < 0) | (rows > last)).any()):
+            raise KeepError(f"rows {rows.tolist()} to forget are not all in 0..{last.tolist()}")
+        slots = torch.from_numpy(ranges.slots).to(self.device)
+        at, end = rows.flatten(), last.flatten()
+        for side in (self._key, self._value):
+            side[slots, 0, at] = side[slots, 0, end]
+        for track in self.tracks[layer].values():
+            values = track.get(int(end.max()) + 1)
+            values.scatter_(2, rows[..., None], values.gather(2, last[..., None]))
+            values.scatter_(2, last[..., None], 0)
+        self.cache.truncate_batch(ranges, end.cpu().numpy())
+
+    def crop(self, layer: int, tokens: int) -> None:
+        """Forget the last ``tokens`` tokens of the text (speculative rollback), those of them that
+        are still held; what was evicted stays evicted."""
+        first = torch.from_numpy(self.tokens[layer] - tokens).to(self.device)[:, None, None]
+        counts, positions = self.counts(layer), self.positions(layer)
+        at = torch.arange(positions.shape[2], device=self.device)
+        stays = (positions < first) & (at < counts[..., None])
+        self.keep(layer, *as_rows(stays))
+        self.tokens[layer] -= tokens
+
+    def clear(self, layer: int) -> None:
+        """Forget a layer's rows."""
+        ranges = self._of(layer)
+        self.cache.truncate_batch(ranges, np.zeros(len(ranges.slots), np.int64))
+        self.tracks[layer].clear()
+        self.tokens[layer] = 0
+
+    def release(self) -> int:
+        """Give pages without a row back to the pool; returns how many went."""
+        gone = self.cache.reclaim(ALL)
+        self.cache.advance()
+        return gone
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+        self.cache.close()
+
+    def __enter__(self) -> HeadCache:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise CopyRefused(
+            "a HeadCache cannot be copied or pickled: its rows are mapped memory of this process"
+        )
+
+    # ---- inside --------------------------------------------------------------------------------
+    def _of(self, layer: int) -> Batch:
+        if not 0 <= layer < self.layers:
+            raise LayoutError(f"layer {layer} does not exist: the cache has {self.layers} layers")
+        return self.cache.batch(self._ranges[layer])
+
+    def _addresses(self) -> tuple[Ints, Ints]:
+        """Where K and V of each slot begin."""
+        slots = np.arange(self.cache.slots, dtype=np.int64)
+        k, v = (
+            side.data_ptr() + slots * side.stride(0) * side.element_size()
+            for side in (self._key, self._value)
+        )
+        return k, v
+
+
+def as_rows(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """What a mask [batch, kv_heads, n] keeps: ascending rows [batch, kv_heads, m] int64, filled up
+    with 0, and how many [batch, kv_heads]."""
+    counts = keep.sum(-1)
+    # A stable sort of "not kept" puts the kept rows first, in order.
+    order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
+    longest = int(counts.max())
+    rows = order[..., :longest]
+    at = torch.arange(longest, device=keep.device)
+    return rows.masked_fill(at >= counts[..., None], 0), counts
