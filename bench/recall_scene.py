@@ -82,8 +82,9 @@ class Contest:
     def index(self, selector: Selector) -> tuple[Tensor, ...]:
         """The records of all full pages, [1, Hkv, pages, width] each."""
         size = selector.page_tokens
-        key = self.scene.key[:, : self.scene.tokens // size * size]
-        made = selector.summarise(0, key.unflatten(1, (-1, size)))
+        full = self.scene.tokens // size * size
+        sides = (self.scene.key, self.scene.value)
+        made = selector.record(0, *(side[:, :full].unflatten(1, (-1, size)) for side in sides))
         return tuple(part[None] for part in made)
 
     def look(self, parts: tuple[Tensor, ...], size: int) -> Look:

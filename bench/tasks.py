@@ -158,6 +158,7 @@ def selectors(task: Task, budget: int) -> dict[str, Selector]:
     half = policies.Exact(**grain.of(budget // 2, 1))
     return found | {
         "graded": policies.Graded.calibrate(torch.stack(keys), fine=FINE, **single),
+        "estimated": policies.Estimated(**grain.of(budget, max(grain.page, min(16, budget // 8)))),
         "infinigen": policies.InfiniGen(map=skew(queries, keys, 0.3), **single),
         "sampled": policies.Sampled(base=half, sample=0.99, **single),
     }

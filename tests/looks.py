@@ -32,14 +32,17 @@ def poisoned(rows: Tensor, lengths: Sequence[int], room: int = 3) -> Tensor:
     return out
 
 
-def index_of(selector: Selector, layer: int, key: Tensor, lengths: Sequence[int]) -> Index | None:
-    """The records of the full pages of key [B, Hkv, n, D], nothing behind them."""
+def index_of(
+    selector: Selector, layer: int, key: Tensor, value: Tensor, lengths: Sequence[int]
+) -> Index | None:
+    """The records of the full pages of K and V [B, Hkv, n, D], nothing behind them."""
     size = selector.page_tokens
     counts = [length // size for length in lengths]
     if not selector.parts(key.shape[-1]):
         return None
-    pages = key[:, :, : max(counts) * size].unflatten(2, (max(counts), size))
-    made = [selector.summarise(layer, pages[b]) for b in range(len(pages))]
+    full = slice(max(counts) * size)
+    pages = (side[:, :, full].unflatten(2, (max(counts), size)) for side in (key, value))
+    made = [selector.record(layer, k, v) for k, v in zip(*pages, strict=True)]
     parts = [poisoned(torch.stack(part), counts) for part in zip(*made, strict=True)]
     return Index(tuple(parts), torch.tensor(counts))
 
@@ -57,16 +60,17 @@ def look_at(
 ) -> Look:
     """A look at keys [B, Hkv, n, D] of ``lengths`` tokens (None: n each)."""
     lengths = [key.shape[2]] * len(key) if lengths is None else lengths
+    value = key if value is None else value
     kv = KV(
         poisoned(key, lengths),
-        poisoned(key if value is None else value, lengths),
+        poisoned(value, lengths),
         torch.tensor(lengths, dtype=torch.int32),
         None if starts is None else torch.tensor(starts, dtype=torch.int32),
     )
     return Look(
         layer=layer,
         kv=kv,
-        index=index_of(selector, layer, key, lengths),
+        index=index_of(selector, layer, key, value, lengths),
         lengths=np.array(lengths),
         scale=key.shape[-1] ** -0.5,
         starts=None if starts is None else np.array(starts),

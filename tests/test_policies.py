@@ -31,6 +31,7 @@ from vattn.policies import (
     Clusters,
     Cuboid,
     DoubleSparsity,
+    Estimated,
     Exact,
     Graded,
     InfiniGen,
@@ -79,6 +80,7 @@ MAKE: dict[str, Callable[[], Selector]] = {
     "DoubleSparsity": lambda: DoubleSparsity.calibrate(*recorded(), **PLAIN),
     "SparQ": lambda: SparQ(rank=4, **PLAIN),
     "InfiniGen": lambda: skewed(**PLAIN),
+    "Estimated": lambda: Estimated(page_tokens=8, **PLAIN),
     "TwoStage": lambda: TwoStage(page_tokens=8, base=pages(120), **PLAIN),
     "Twilight": lambda: Twilight(page_tokens=8, base=pages(120), p=0.8, **PLAIN),
     "Sampled": lambda: Sampled(base=Exact(budget_tokens=48, **FORCED), **PLAIN),
@@ -122,13 +124,13 @@ def test_cannot_be_changed_and_says_what_a_field_may_be(name: str) -> None:
 def test_records_are_what_the_parts_say(name: str) -> None:
     selector = MAKE[name]()
     keys = torch.randn(KV_HEADS, 5, selector.page_tokens, DIM).to(torch.bfloat16)
-    made = selector.summarise(1, keys)
+    made = selector.record(1, keys, keys)
     parts = selector.parts(DIM)
     assert [(t.shape, t.dtype) for t in made] == [((KV_HEADS, 5, p.width), p.dtype) for p in parts]
     stored = sum(t[0, 0].numel() * t.element_size() for t in made)
     assert selector.bytes_per_token(DIM) == stored / selector.page_tokens
     # Records are made page by page as the sequence grows: the others must not matter.
-    alone = selector.summarise(1, keys[:, 2:3])
+    alone = selector.record(1, keys[:, 2:3], keys[:, 2:3])
     for whole, one in zip(made, alone, strict=True):
         assert torch.equal(whole[:, 2:3], one)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import vattn
 from tests.attention import fresh_seed
 from tests.looks import (
     BUDGET,
@@ -25,12 +27,13 @@ from tests.looks import (
     pages,
     tokens,
 )
-from vattn.kernels import choose, score
+from vattn.kernels import choose, nibbles, score, sparse
 from vattn.kernels.contract import EMPTY
 from vattn.kernels.selection import Selection, reference
 from vattn.policies import (
     Clusters,
     Cuboid,
+    Estimated,
     Exact,
     Landmark,
     MeanDeviation,
@@ -288,3 +291,65 @@ def test_a_sample_is_as_large_as_its_error_asks() -> None:
         # The variance is itself estimated from a small sample: twice the doubt is allowed.
         assert missed <= 0.2 * 40 * HEADS
     assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_what_is_not_read_counts_with_its_codes_and_the_mean_of_its_page() -> None:
+    """The definition in float64, a row at a time."""
+    selector = Estimated(page_tokens=8, **PLAIN)
+    query, key, value = torch.randn(2, 4, 1, DIM), *torch.randn(2, 2, 2, TOKENS, DIM).unbind(0)
+    look = look_at(selector, key, value, [TOKENS, TOKENS - 13])
+    found = selector.select(query, look)
+    out, lse, _ = sparse.attend(query, look.kv, found)
+    codes = nibbles.unpack(*nibbles.pack(key)).double()
+    for b, n in enumerate((TOKENS, TOKENS - 13)):
+        for h in range(4):
+            g, q = h // 2, query[b, h, 0].double() * DIM**-0.5
+            read = found.ids[b, g, : found.count[b, g]].long()
+            assert len(read) == selector.budget_tokens
+            scores = codes[b, g, :n] @ q
+            scores[read] = key[b, g, read].double() @ q
+            # A page's tokens that are not read count with the mean of all its tokens.
+            stands = value[b, g, :n].double().clone()
+            for page in range(n // 8):
+                some = slice(8 * page, 8 * page + 8)
+                stands[some] = value[b, g, some].double().mean(0)
+            stands[read] = value[b, g, read].double()
+            assert torch.isclose(lse[b, h, 0].double(), scores.logsumexp(0), atol=1e-3)
+            assert torch.allclose(out[b, h, 0].double(), scores.softmax(0) @ stands, atol=2e-3)
+
+
+def test_values_that_are_alike_within_pages_are_estimated_with_exact_codes_alone() -> None:
+    """The zone errs by codes and by what differs within a page: without the latter and with the
+    former small it comes much nearer to the dense result than the read tokens alone."""
+    selector = Estimated(page_tokens=8, **PLAIN)
+    query, key = torch.randn(1, 4, 1, DIM), torch.randn(1, 2, TOKENS, DIM)
+    value = torch.randn(1, 2, -(-TOKENS // 8), DIM).repeat_interleave(8, 2)[:, :, :TOKENS]
+    look = look_at(selector, key, value)
+    found = selector.select(query, look)
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    apart = [
+        (sparse.attend(query, look.kv, chosen)[0] - dense).norm() / dense.norm()
+        for chosen in (found, replace(found, tail=None))
+    ]
+    assert apart[0] < 0.05
+    assert apart[0] < apart[1] / 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_gives_the_estimated_zone_what_it_needs(dtype: torch.dtype) -> None:
+    """Records of V, in an arena, for prompt and generated tokens."""
+    layout = vattn.Layout(1, 2, DIM, 512, dtype=str(dtype).removeprefix("torch."))
+    with vattn.KVCache(layout) as cache:
+        selector = Estimated(page_tokens=8, **PLAIN)
+        engine = vattn.SparseAttention(cache, selector)
+        sequence = cache.open()
+        k, v = torch.randn(2, 1, 2, TOKENS, DIM).to(dtype).unbind(0)
+        cache.append(0, k[:, :, :100], v[:, :, :100], [sequence])
+        for at in range(100, TOKENS):
+            cache.append(0, k[:, :, at : at + 1], v[:, :, at : at + 1], [sequence])
+        query = torch.randn(1, 4, 1, DIM).to(dtype)
+        out = engine.attend(query, cache.view([sequence]), 0)
+        look = look_at(selector, k, v)
+        right = sparse.attend(query, look.kv, selector.select(query, look))[0]
+        torch.testing.assert_close(out, right)
+        assert engine.activity()[0].read < engine.activity()[0].there

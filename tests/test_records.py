@@ -17,8 +17,10 @@ SIZE, HEADS, DIM, LAYERS = 8, 2, 16, 2
 PARTS = (Part(DIM, torch.float32), Part(2, torch.float16))
 
 
-def summarise(layer: int, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return keys.mean(2) + layer, torch.stack([keys.amax((2, 3)), keys.amin((2, 3))], -1).half()
+def summarise(layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return keys.mean(2) + values.mean(2) + layer, torch.stack(
+        [keys.amax((2, 3)), keys.amin((2, 3))], -1
+    ).half()
 
 
 def make(budget: int = 1 << 24, **options) -> tuple[KVCache, Records]:
@@ -44,10 +46,11 @@ def assert_records(cache: KVCache, records: Records, sequences: list) -> None:
         assert index.counts.tolist() == [s.length // SIZE for s in sequences]
         for b, sequence in enumerate(sequences):
             n = sequence.length // SIZE
-            keys = sequence.k[layer][:, : n * SIZE].unflatten(1, (n, SIZE))
+            sides = (sequence.k[layer], sequence.v[layer])
+            pages = [side[:, : n * SIZE].unflatten(1, (n, SIZE)) for side in sides]
             got, count = index.read(b, n)
             assert count == n
-            for part, want in zip(got, summarise(layer, keys), strict=True):
+            for part, want in zip(got, summarise(layer, *pages), strict=True):
                 assert torch.equal(part, want)
     records.check()
 
@@ -71,7 +74,7 @@ def test_a_fork_shares_records_and_keeps_its_own_from_there_on():
         assert_records(cache, records, [a])
         mapped = records.nbytes
         made = []
-        records._summarise = lambda layer, keys: made.append(layer) or summarise(layer, keys)
+        records._summarise = lambda layer, *kv: made.append(layer) or summarise(layer, *kv)
         child = cache.fork(a, 1500)
         fill(cache, [child], 100, seed=1)
         assert_records(cache, records, [a, child])

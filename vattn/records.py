@@ -33,8 +33,8 @@ from .tensor import Window
 
 # Tokens whose keys are summarised at once: their float32 copies stay small.
 CHUNK_TOKENS = 4096
-# Keys [Hkv, n, page_tokens, D] of a layer -> one tensor [Hkv, n, width] for each part.
-Summarise = Callable[[int, Tensor], tuple[Tensor, ...]]
+# K and V [Hkv, n, page_tokens, D] of a layer -> one tensor [Hkv, n, width] for each part.
+Summarise = Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class Column:
@@ -80,7 +80,7 @@ class Records:
         cache: whose keys.
         parts: what a record consists of, at least one.
         page_tokens: tokens of a record.
-        summarise: makes records from keys.
+        summarise: makes records from K and V.
 
     Raises:
         LayoutError, ReserveError, MapLimitError: no room for another reservation.
@@ -216,8 +216,12 @@ class Records:
 
     def _write(self, layer: int, physical: int, slot: int, first: int, end: int) -> None:
         size = self.page_tokens
-        keys = self.cache.tensor([slot], layer, 0, span=(first * size, end * size))[0]
-        made = self._summarise(layer, keys.unflatten(1, (end - first, size)))
+        span = (first * size, end * size)
+        pages = (
+            self.cache.tensor([slot], layer, side, span=span)[0].unflatten(1, (end - first, size))
+            for side in (0, 1)
+        )
+        made = self._summarise(layer, *pages)
         for column, rows in zip(self.columns, made, strict=True):
             column.rows(physical, slot, first, end - first)[0].copy_(rows)
 

@@ -165,6 +165,14 @@ class Selector:
         the cache's dtype -> one tensor [Hkv, n, width] for each part."""
         return ()
 
+    def summarise_values(self, layer: int, values: Tensor) -> tuple[Tensor, ...]:
+        """What records say of V [Hkv, n, page_tokens, Dv]: the parts behind those of `summarise`."""
+        return ()
+
+    def record(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """All parts of the records of full pages of K and V."""
+        return *self.summarise(layer, keys), *self.summarise_values(layer, values)
+
     # ---- choosing ------------------------------------------------------------------------------
     def asked(self, query: Tensor, look: Look) -> Tensor:
         """The query [B, Hq, L, D] in the space of the records."""

@@ -81,7 +81,7 @@ class SparseAttention:
         parts = selector.parts(cache.layout.head_dim)
         self.records: Records | None = None
         if parts:
-            self.records = Records(cache, parts, selector.page_tokens, selector.summarise)
+            self.records = Records(cache, parts, selector.page_tokens, selector.record)
         self.watchers: list[Watcher] = []
         layers = cache.layout.layers
         self._counts = np.zeros((layers, 3), np.int64)  # steps, dense steps, tokens there

@@ -112,7 +112,7 @@ def _attend(
     rows = query.transpose(1, 2).reshape(batch * length, heads, 1, dim)
     kv = KV(key, value, lengths, slots=slots)
     if selector is not None:
-        index = index_of(selector, layer, key, lengths, slots)
+        index = index_of(selector, layer, (key, value), lengths, slots)
         look = Look(layer, kv, index, lengths.numpy(), dim**-0.5)
         selection = selector.select(rows, look)
         if selection is not None:
@@ -126,13 +126,14 @@ def _attend(
 
 
 def index_of(
-    selector: Selector, layer: int, key: Tensor, lengths: Tensor, slots: Tensor
+    selector: Selector, layer: int, kv: tuple[Tensor, Tensor], lengths: Tensor, slots: Tensor
 ) -> Index | None:
-    """Records of all full pages of keys [N, Hkv, T, D], those of a row up to its own length."""
+    """Records of all full pages of K and V [N, Hkv, T, D], those of a row up to its own length."""
     size = selector.page_tokens
-    full = key.shape[2] // size * size
-    if not selector.parts(key.shape[3]):
+    full = kv[0].shape[2] // size * size
+    if not selector.parts(kv[0].shape[3]):
         return None
-    made = [selector.summarise(layer, k[:, :full].unflatten(1, (-1, size))) for k in key]
+    pages = (side[:, :, :full].unflatten(2, (-1, size)) for side in kv)
+    made = [selector.record(layer, k, v) for k, v in zip(*pages, strict=True)]
     parts = tuple(torch.stack(each) for each in zip(*made, strict=True))
     return Index(parts, lengths // size, slots)

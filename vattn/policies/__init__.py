@@ -2,7 +2,7 @@
 
 by page     Quest, MeanDeviation, Cuboid, Landmark, Clusters
 by token    Signs, Nibbles, Graded, Loki, DoubleSparsity, SparQ, InfiniGen
-combined    TwoStage, Twilight, Sampled
+combined    TwoStage, Twilight, Sampled, Estimated
 baselines   Exact, Random, Window
 """
 
@@ -10,6 +10,7 @@ from vattn.policies.clusters import Clusters
 from vattn.policies.cuboid import Cuboid
 from vattn.policies.deviation import MeanDeviation
 from vattn.policies.double_sparsity import DoubleSparsity
+from vattn.policies.estimated import Estimated
 from vattn.policies.exact import Exact
 from vattn.policies.graded import Graded
 from vattn.policies.infinigen import InfiniGen, skew
@@ -30,6 +31,7 @@ __all__ = [
     "Clusters",
     "Cuboid",
     "DoubleSparsity",
+    "Estimated",
     "Exact",
     "Graded",
     "InfiniGen",
