@@ -49,9 +49,9 @@ def columns(query: Tensor, kv: KV, *, scale: float | None = None) -> Columns:
         ValueError: query and K do not suit each other, or R exceeds the shortest sequence.
     """
     if query.is_cuda:
-        from vattn.kernels import columns_kernel
+        from vattn.kernels.columns_kernel import columns as launched
 
-        return columns_kernel.columns(query, kv, scale=scale)
+        return launched(query, kv, scale=scale)
     total: Tensor | None = None
     square = entropy = query.new_zeros(0)
     for _, scores in logits(query, kv, scale=scale):

@@ -33,9 +33,9 @@ def compact(kv: KV, kept: Tensor, count: Tensor) -> None:
     """
     check(kv, kept, count)
     if kv.key.is_cuda:
-        from vattn.kernels import compact_kernel
+        from vattn.kernels.compact_kernel import launch
 
-        compact_kernel.compact(kv, kept, count)
+        launch(kv, kept, count)
         return
     slots = list(range(kv.batch)) if kv.slots is None else kv.slots.tolist()
     for b, (slot, counts) in enumerate(zip(slots, count.tolist(), strict=True)):

@@ -19,15 +19,16 @@ ROWS = [
     {"__main__"},
     {"cli"},
     {"present", "doctor", "example", "generate", "picture", "plan", "probe", "report", "show"}
-    | {"watch"},
+    | {"watch", "catalog", "kept_picture", "request"},
     {"engine"},
     {"scheduler"},
     {"hf", "hf_attention", "hf_layers", "hf_sparse", "hf_static", "hf_store"}
+    | {"hf_heads", "hf_kept"}
     | {"speculate", "parallel"},
     {"dropin", "registry"},
     {"sdpa", "sdpa_op", "sdpa_checks", "sdpa_gpu", "sdpa_gpu_op", "paths", "paths_gpu", "policies"}
     | {"ragged", "ragged_gpu", "sparse", "selector", "reads", "calibrate"}
-    | {"evictor", "evictors", "eviction", "heads"},
+    | {"evictor", "evictors", "eviction", "heads", "heads_order", "keeps"},
     {"records", "tiers", "tiers_pages"},
     {"prefix", "cache"},
     {
@@ -52,6 +53,7 @@ KERNELS_MAY = {"llvmlite", "numba", "numpy", "torch", "triton"}
 VATTN_MAY = {"numpy", "torch"}
 FACE_MAY = VATTN_MAY | {"typer", "rich", "matplotlib", "transformers", "safetensors", "psutil"}
 HF = {"hf", "hf_attention", "hf_layers", "hf_sparse", "hf_static", "hf_store"}
+HF |= {"hf_heads", "hf_kept"}
 MAY = {
     "shape": set(),
     "scheduler": {"numpy"},

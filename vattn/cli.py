@@ -1,4 +1,4 @@
-"""The ``vattn`` command: generate, map, plan, doctor.
+"""The ``vattn`` command: generate, map, plan, policies, doctor.
 
 Every command takes ``--json`` and then prints one JSON object on stdout and nothing else. What a
 user can set right is one line on stderr and exit code 2. Torch is imported only by the commands
@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -78,7 +79,13 @@ def generate(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Tokens that --select may read, or 25% of the prompt, say."),
+        typer.Option(
+            help="Tokens that --select may read or --policy keeps, or 25% of the prompt, say."
+        ),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Keep few tokens, and their memory: h2o, snapkv, ... (vattn policies)."),
     ] = None,
     host_tier: Annotated[
         str | None, typer.Option(help="Most bytes of pages in memory; the others lie in a file.")
@@ -104,8 +111,8 @@ def generate(
     Nothing is downloaded.
     """
     with plain_errors():
-        from vattn.generate import SHIPPED_MODEL, Request
         from vattn.present import Outputs, Session
+        from vattn.request import SHIPPED_MODEL, Request
 
         request = Request(
             model=model or SHIPPED_MODEL,
@@ -121,6 +128,7 @@ def generate(
             budget_bytes=parse_bytes(memory, "--memory"),
             select=select,
             budget=budget,
+            policy=policy,
             host_bytes=parse_bytes(host_tier, "--host-tier"),
             seed=seed,
             temperature=temperature,
@@ -199,6 +207,22 @@ def plan(
             print_json(made.to_dict())
         else:
             render(made, consoles()[0])
+
+
+@app.command()
+def policies(as_json: Json = False) -> None:
+    """List what --policy may keep by, and --select read by."""
+    with plain_errors():
+        from vattn.catalog import rows, tables
+
+        listed = rows()
+        if as_json:
+            print_json({"schema": "vattn.policies.v1", "policies": [asdict(row) for row in listed]})
+            return
+        out, _ = consoles()
+        for table in tables(listed):
+            out.print(table)
+        out.print("* needs more than a command line says: see its docstring", highlight=False)
 
 
 @app.command()

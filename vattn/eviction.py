@@ -172,7 +172,7 @@ class Eviction:
         padded = int(state.prompt.min()) < length and self.heads.batch > 1
         parts = [seen.alone(b) for b in range(self.heads.batch)] if padded else [seen]
         for b, part in enumerate(parts):
-            wanted = min(evictor.rows(length), length, int(part.counts.min()))
+            wanted = min(evictor.rows(part.fresh), part.fresh, int(part.counts.min()))
             if wanted:
                 rows = query[b : b + 1] if padded else query
                 part.query = rows[:, :, length - wanted :]
@@ -238,8 +238,7 @@ class Eviction:
             return
         scores = evictor.rescore(seen)
         if type(evictor).choose is Evictor.choose and bool((excess == 1).all()):
-            self.heads.forget(layer, evictor.worst(scores, seen))
-            state.evicted += excess.numel()
+            self._forget(layer, seen, evictor.worst(scores, seen))
         else:
             self._keep(layer, seen, evictor.choose(scores, seen, budgets))
 
@@ -296,6 +295,15 @@ class Eviction:
             output=None if self.outputs is None else self.outputs[layer],
             gather=gather,
         )
+
+    def _forget(self, layer: int, seen: Seen, rows: Tensor) -> None:
+        """Drop one row of every head: no page moves."""
+        if self.watchers:
+            keep = seen.valid.scatter(2, rows[..., None], False)
+            for watch in self.watchers:
+                watch(layer, seen, keep)
+        self.heads.forget(layer, rows)
+        self._states[layer].evicted += rows.numel()
 
     def _keep(self, layer: int, seen: Seen, mask: Tensor) -> None:
         """Keep the rows of a mask and give the pages of the others back."""

@@ -221,9 +221,10 @@ class Evictor:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise EvictorError(f"{name} must be an int >= {least}, got {value!r}")
-        if number and self.budget < self.sink_tokens + self.recent_tokens:
+        least = self.sink_tokens + self.recent_tokens
+        if number and not self.adaptive and self.budget < least:
             raise EvictorError(
-                f"budget must be >= {self.sink_tokens + self.recent_tokens} (sink_tokens "
+                f"budget must be >= {least} (sink_tokens "
                 f"{self.sink_tokens} and recent_tokens {self.recent_tokens} count in it), got "
                 f"{self.budget}"
             )

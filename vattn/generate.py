@@ -12,22 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from vattn.allocator.errors import VattnError
 from vattn.report import Timing
+from vattn.request import SHIPPED_TEXT, Request, RequestError
 from vattn.shape import ConfigError, ModelShape
 from vattn.watch import Watch
 
 if TYPE_CHECKING:
     import torch
 
+    from vattn.evictor import Evictor
+    from vattn.keeps import KeepLog
     from vattn.reads import ReadLog
     from vattn.selector import Selector
 
-ASSETS = Path(__file__).parent / "assets"
-SHIPPED_MODEL = ASSETS / "model"
-SHIPPED_TEXT = ASSETS / "texts" / "persuasion.txt"
-CACHES = ("vattn", "dynamic", "static")
-ATTENTIONS = ("vattn", "sdpa", "eager")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-DEFAULT_BUDGET = 1024  # tokens that a selector may read
 MOST_TOKENS = 16  # `kernels.kv.MOST_TOKENS`, without importing torch
 # Tokens of a prompt read at once where not all of it need fit into the fast tier.
 CHUNK_TOKENS = 512
@@ -40,83 +36,6 @@ class ModelError(VattnError, FileNotFoundError):
     """A model directory is missing or holds no usable model."""
 
 
-class RequestError(VattnError, ValueError):
-    """A generation was asked for with options that do not go together."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One generation: what to run, on what, and how."""
-
-    model: Path = SHIPPED_MODEL
-    prompts: tuple[str, ...] = ()
-    batch: int = 1
-    new_tokens: int = 256
-    context: int | None = None
-    cache: str = "vattn"
-    attention: str = "vattn"
-    dtype: str = "auto"
-    page_bytes: int | None = None
-    rows: str | None = None
-    budget_bytes: int | None = None
-    select: str | None = None
-    budget: str | None = None
-    host_bytes: int | None = None
-    seed: int = 0
-    temperature: float = 0.0
-    trace: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("cache", self.cache, CACHES),
-            ("attn", self.attention, ATTENTIONS),
-            ("dtype", self.dtype, DTYPES),
-        ):
-            if value not in choices:
-                raise RequestError(f"--{name} is one of {', '.join(choices)}, got {value!r}")
-        for name, number in (("batch", self.batch), ("max-new-tokens", self.new_tokens)):
-            if number < 1:
-                raise RequestError(f"--{name} must be at least 1, got {number}")
-        if self.batch < len(self.prompts):
-            raise RequestError(
-                f"--batch {self.batch} leaves out some of the {len(self.prompts)} prompts"
-            )
-        if self.context is not None and self.context < 1:
-            raise RequestError(f"--context must be at least 1 token, got {self.context}")
-        self._check_selection()
-        if self.temperature < 0:
-            raise RequestError(f"--temperature must not be negative, got {self.temperature}")
-
-    def budget_tokens(self, prompt_tokens: int) -> int:
-        """Tokens that ``select`` may read, of a prompt so long.
-
-        Raises:
-            RequestError: neither a number nor a share of 0% to 100%.
-        """
-        text = self.budget or f"{DEFAULT_BUDGET}"
-        try:
-            if not text.endswith("%"):
-                return int(text)
-            share = float(text[:-1]) / 100
-        except ValueError:
-            share = -1.0
-        if not 0 < share <= 1:
-            raise RequestError(
-                f"--budget is a number of tokens or a share of the prompt such as 25%, got {text!r}"
-            )
-        return int(prompt_tokens * share)
-
-    def _check_selection(self) -> None:
-        if self.select is None:
-            if self.budget is not None:
-                raise RequestError("--budget is what --select may read: name a selector, too")
-        elif self.attention != "vattn":
-            raise RequestError(f"--select needs --attn vattn, got {self.attention}")
-        for name, value in (("select", self.select), ("host-tier", self.host_bytes)):
-            if value is not None and self.cache != "vattn":
-                raise RequestError(f"--{name} needs --cache vattn, got {self.cache}")
-
-
 @dataclass
 class Run:
     """What one generation gave: tokens ``[batch, new]``, times, the memory curve and the cache."""
@@ -127,6 +46,7 @@ class Run:
     peak_bytes: int
     cache: Any
     reads: ReadLog | None = None
+    keeps: KeepLog | None = None
 
 
 class Generator:
@@ -165,6 +85,7 @@ class Generator:
         self.shape = ModelShape.from_config(self.model.config.to_dict(), dtype=dtype_name)
         self.ids, self.mask = self._prompt()
         self.selector = self._selector()
+        self.policy = self._policy()
         if request.cache == "vattn":
             self._check_layout()
 
@@ -222,6 +143,7 @@ class Generator:
             watch.peak_bytes,
             store,
             watch.reads,
+            watch.keeps,
         )
 
     def text(self, run: Run, row: int = 0) -> str:
@@ -281,6 +203,13 @@ class Generator:
         budget = self.request.budget_tokens(self.prompt_tokens)
         return selector(self.request.select, budget, self._keys)
 
+    def _policy(self) -> Evictor | None:
+        if self.request.policy is None:
+            return None
+        from vattn.evictors.names import evictor
+
+        return evictor(self.request.policy, self.request.budget_given())
+
     def _keys(self) -> torch.Tensor:
         """Keys of the beginning of the first prompt, [layers, kv_heads, n, head_dim]."""
         import torch
@@ -305,7 +234,7 @@ class Generator:
             return DynamicCache(config=config)
         if cache == "static":
             return StaticCache(config=config, max_cache_len=self.room)
-        from vattn.hf import VattnCache
+        from vattn.hf import VattnCache, outputs_of
 
         # Address space is free: reserve the model's whole context, whatever this request needs.
         options: dict[str, Any] = {"max_tokens": max(self.room, self.shape.max_positions or 0)}
@@ -318,6 +247,10 @@ class Generator:
         options.update({name: value for name, value in chosen.items() if value is not None})
         if self.selector is not None:
             options["selector"] = self.selector
+        if self.policy is not None:
+            options["policy"] = self.policy
+            if "offline" in self.policy.caps.evidence:
+                options["outputs"] = outputs_of(self.model)
         if request.host_bytes is not None:
             options["tiers"] = {"fast_bytes": request.host_bytes}
         return VattnCache(config, **options)
@@ -338,13 +271,6 @@ def same_tokens(a: torch.Tensor, b: torch.Tensor) -> tuple[int, int]:
     """How many tokens of two outputs are equal, out of how many."""
     short = min(a.shape[1], b.shape[1])
     return int((a[:, :short] == b[:, :short]).sum()), max(a.numel(), b.numel())
-
-
-def without_text(request: Request) -> dict[str, Any]:
-    """The request as it goes into a report: the prompts are left out."""
-    plain = {name: getattr(request, name) for name in request.__dataclass_fields__}
-    del plain["prompts"], plain["trace"]
-    return {**plain, "model": str(request.model)}
 
 
 def _chunk(tokens: int, most: int) -> int:

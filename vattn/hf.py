@@ -9,16 +9,20 @@
     with vattn.hf.enable(max_tokens=8192):              every DynamicCache(config=...) made in
         model.generate(**inputs)                        here is ours; no other change
 
+    VattnCache(model.config, policy=vattn.evictors.SnapKV(budget=0.25))
+                                                        keeps a quarter of a prompt, and its memory
+
 Importing this module registers and replaces nothing.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
@@ -26,7 +30,10 @@ from transformers.cache_utils import (
 )
 
 from vattn.cache import CopyRefused, KVCache
+from vattn.evictor import Evictor, Kept
 from vattn.hf_attention import UnsupportedError, attention, register
+from vattn.hf_heads import added
+from vattn.hf_kept import KeptLayer, of_layers, outputs_of, with_hidden
 from vattn.hf_layers import VattnLayer, VattnSlidingLayer
 from vattn.hf_static import VattnStaticLayer
 from vattn.hf_store import Options, Store
@@ -36,6 +43,7 @@ from vattn.usage import Usage
 
 __all__ = [
     "CopyRefused",
+    "KeptLayer",
     "UnsupportedError",
     "VattnCache",
     "VattnLayer",
@@ -44,7 +52,9 @@ __all__ = [
     "VattnStaticLayer",
     "attention",
     "enable",
+    "outputs_of",
     "register",
+    "with_hidden",
 ]
 
 # What these layers keep is the same in all three: chunked attention differs in its mask only.
@@ -74,9 +84,14 @@ class VattnCache(DynamicCache):
         tiers: arguments of `vattn.tiers.Tiers` (``{"fast_bytes": 4 << 30}``): pages beyond go to a
             slower tier. A prompt that is larger than the fast tier must be read in chunks
             (``generate(prefill_chunk_size=...)``).
+        policy: what full-attention layers keep, see `vattn.evictors`; None: everything. The model's
+            attention must be "vattn" then, and prompts are padded on the left.
+        outputs: the weights behind attention, for a policy that asks for them: see `outputs_of`.
+            For one that asks for hidden states, see `with_hidden`.
 
     Raises:
-        UnsupportedError: the model has layers that this cache does not hold.
+        UnsupportedError: the model has layers that this cache does not hold, or none that a policy
+            could serve; or arguments that do not go together.
     """
 
     def __init__(
@@ -92,7 +107,16 @@ class VattnCache(DynamicCache):
         trace: bool = False,
         selector: Selector | None = None,
         tiers: Mapping[str, Any] | None = None,
+        policy: Evictor | None = None,
+        outputs: Sequence[torch.Tensor] | None = None,
     ) -> None:
+        kinds = _kinds(config)
+        if policy is not None and not any(kind == "full_attention" for kind, _ in kinds):
+            raise UnsupportedError(
+                f"{type(config).__name__} has no full-attention layer for a policy to serve, its "
+                "windows drop tokens by themselves: make the cache without a policy"
+            )
+        weights = None if outputs is None else of_layers(outputs, [kind for kind, _ in kinds])
         self.store = Store(
             Options(
                 _max_tokens(config, max_tokens),
@@ -104,20 +128,35 @@ class VattnCache(DynamicCache):
                 trace=trace,
                 selector=selector,
                 tiers=tiers,
+                policy=policy,
+                outputs=weights,
             )
         )
-        layers = [_layer(self.store, kind, more) for kind, more in _kinds(config)]
+        layers = [_layer(self.store, kind, more) for kind, more in kinds]
         # Not DynamicCache's: it makes its own layers.
         Cache.__init__(self, layers=layers)
 
     @property
     def kv(self) -> KVCache | None:
-        """The KVCache behind the layers; None before the first tokens."""
-        return self.store.kv
+        """The KVCache behind the layers; None before the first tokens. Under a policy that of the
+        full-attention layers, in which every KV head is a sequence."""
+        kept = self.store.kept
+        if kept is None:
+            return self.store.kv
+        return kept.heads.cache if kept.opened else None
 
     def stats(self) -> Usage:
         """Bytes reserved, mapped, used and wasted. Raises ClosedError before the first tokens."""
-        return self.store.cache.stats()
+        if self.store.kept is None:
+            return self.store.cache.stats()
+        heads = self.store.kept.heads.stats()
+        return heads if self.store.kv is None else added(heads, self.store.kv.stats())
+
+    def kept(self) -> list[Kept]:
+        """What each full-attention layer has kept under the policy; [] without one, or before the
+        first tokens."""
+        kept = self.store.kept
+        return [] if kept is None or kept.eviction is None else kept.eviction.kept()
 
     def activity(self) -> list[Activity]:
         """What each layer read under the selector; [] without one, or before the first tokens."""
@@ -130,10 +169,10 @@ class VattnStaticCache(Cache):
     Rows without a page read as zeros (one shared zero page), so memory follows the tokens, not
     `max_tokens`. Attention costs what a `StaticCache` of `max_tokens` costs: choose it per request.
 
-    Args: as `VattnCache`.
+    Args: as `VattnCache`, but for ``policy``, which is refused: these shapes never shrink.
 
     Raises:
-        UnsupportedError: the model has layers that this cache does not hold.
+        UnsupportedError: the model has layers that this cache does not hold; or a policy.
     """
 
     def __init__(
@@ -146,6 +185,7 @@ class VattnStaticCache(Cache):
         budget_bytes: int | None = None,
         slots: int | None = None,
         trace: bool = False,
+        policy: Evictor | None = None,
     ) -> None:
         self.store = Store(
             Options(
@@ -156,6 +196,7 @@ class VattnStaticCache(Cache):
                 slots=slots,
                 trace=trace,
                 zero_backed=True,
+                policy=policy,
             )
         )
         layers = [
@@ -185,7 +226,7 @@ def enable(max_tokens: int, **options: Any) -> Iterator[None]:
     Args:
         max_tokens: most tokens of a sequence; address space only.
         **options: rows, group_layers, page_bytes, budget_bytes, slots, trace, selector, tiers,
-            as `VattnCache`.
+            policy, as `VattnCache`; outputs, of each full-attention layer.
     """
     chosen = Options(max_tokens, **options)
     before = {kind: DYNAMIC_LAYER_TYPE_MAPPING[kind] for kind in SERVED}
@@ -247,7 +288,7 @@ def _kinds(config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
 
 def _layer(store: Store, kind: str, kwargs: dict[str, Any]) -> Any:
     if kind == "full_attention":
-        return VattnLayer(store)
+        return VattnLayer(store) if store.kept is None else KeptLayer(store)
     if kind in WINDOWED:
         return VattnSlidingLayer(store, sliding_window=kwargs["sliding_window"])
     if kind == "dummy":  # holds nothing: a layer that reuses another's K and V, or has no attention

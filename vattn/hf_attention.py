@@ -21,6 +21,7 @@ from vattn.sdpa import scaled_dot_product_attention
 logger = logging.get_logger(__name__)
 
 NAME = "vattn"
+HIDDEN = "vattn_hidden"  # what an attention module calls its input, where somebody asks for it
 
 # Arguments that change the result and that this function does not compute. Every other unknown
 # argument (position_ids, use_cache, cu_seq_lens_q, ...) is already in the mask, or is no concern.
@@ -75,11 +76,12 @@ def attention(
             'Use attn_implementation="eager" to look at them.'
         )
     length = query.shape[2]
-    reader = getattr(key, "vattn_reader", None)  # see `hf_sparse`
+    reader = getattr(key, "vattn_reader", None)  # see `hf_sparse` and `hf_kept`
     if reader is not None:
         window = sliding_window is not None and sliding_window < key.shape[2]
         refused = {"softcap": softcap, "s_aux": s_aux is not None, "dropout": dropout}
         refused["sliding_window"] = window and attention_mask is None
+        reader.hidden = module.__dict__.pop(HIDDEN, None)  # see `hf_kept.with_hidden`
         chosen = reader.attend(query, attention_mask, scaling, refused)
         if chosen is not None:
             return chosen.transpose(1, 2).contiguous(), None

@@ -85,23 +85,32 @@ class Reader:
         version = 0 if mask.is_inference() else mask._version
         if self._mask is not None and self._mask[0]() is mask and self._mask[1] == version:
             return self._mask[2]
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        if mask.dtype != torch.bool and bool((mask > torch.finfo(mask.dtype).min / 2)[~seen].any()):
-            raise UnsupportedError(
-                f"layer {self._layer} has a selector, and a mask that adds to scores: make the "
-                "cache without a selector for this model"
-            )
-        seen = seen.expand(query.shape[0], *seen.shape[1:])
-        length, tokens = seen.shape[-2:]
-        starts = tokens - seen[:, 0, -1].sum(-1)
-        at = torch.arange(tokens, device=mask.device)
-        last = tokens - length + torch.arange(length, device=mask.device)
-        plain = (at >= starts[:, None, None, None]) & (at <= last[:, None])
-        if not torch.equal(plain.expand_as(seen), seen):
-            raise UnsupportedError(
-                f"layer {self._layer} has a selector, and a mask that is not padding on the left: "
-                "pad prompts on the left, or make the cache without a selector"
-            )
-        counts: Ints = starts.numpy().astype(np.int64)
+        counts = left_padding(mask, query, f"layer {self._layer} has a selector")
         self._mask = (weakref.ref(mask), version, counts)
         return counts
+
+
+def left_padding(mask: Tensor, query: Tensor, reason: str) -> Ints:
+    """The padding on the left of each sequence, where a mask says nothing else beyond causality.
+
+    Raises:
+        UnsupportedError: it does; the message begins with the reason why that matters.
+    """
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and bool((mask > torch.finfo(mask.dtype).min / 2)[~seen].any()):
+        raise UnsupportedError(
+            f"{reason}, and a mask that adds to scores: make the cache without it for this model"
+        )
+    seen = seen.expand(query.shape[0], *seen.shape[1:])
+    length, tokens = seen.shape[-2:]
+    starts = tokens - seen[:, 0, -1].sum(-1)
+    at = torch.arange(tokens, device=mask.device)
+    last = tokens - length + torch.arange(length, device=mask.device)
+    plain = (at >= starts[:, None, None, None]) & (at <= last[:, None])
+    if not torch.equal(plain.expand_as(seen), seen):
+        raise UnsupportedError(
+            f"{reason}, and a mask that is not padding on the left: pad prompts on the left, or "
+            "make the cache without it"
+        )
+    counts: Ints = starts.numpy().astype(np.int64)
+    return counts

@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from vattn.allocator.errors import ClosedError, VattnError
+from vattn.allocator.pool import Pool
 from vattn.batch import Batch
 from vattn.cache import CopyRefused, KVCache
+from vattn.evictor import Evictor
 from vattn.hf_attention import UnsupportedError
+from vattn.hf_heads import DTYPES, HeadStore, Owner, check_policy
 from vattn.hf_sparse import Reader
 from vattn.layout import Layout, LayoutError
 from vattn.selector import Selector
 from vattn.sequence import Sequence
 from vattn.sparse import SparseAttention
 from vattn.tiers import Tiers
-
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
 
 _ids = itertools.count()
 _stores: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
@@ -53,13 +53,17 @@ class Options:
     zero_backed: bool = False
     selector: Selector | None = None
     tiers: Mapping[str, Any] | None = None
+    policy: Evictor | None = None
+    outputs: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise LayoutError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        check_policy(self)
 
-    def open(self, layers: int, batch: int, like: Tensor) -> KVCache:
-        """Make the KVCache for rows like `like` [B, Hkv, n, D]."""
+    def open(self, layers: int, batch: int, like: Tensor, pool: Pool | None = None) -> KVCache:
+        """Make the KVCache for rows like `like` [B, Hkv, n, D]; in ``pool``, or in one of its
+        own."""
         layout = Layout(
             layers=layers,
             kv_heads=like.shape[1],
@@ -68,23 +72,17 @@ class Options:
             dtype=DTYPES[like.dtype],
             rows=self.rows,  # type: ignore[arg-type]
             group_layers=min(self.group_layers, layers),
-            page_bytes=self.page_bytes,
+            page_bytes=self.page_bytes if pool is None else pool.page_bytes,
         )
         # Slots are address space: room for deepcopies, and for a batch beside itself repeated by 4.
         return KVCache(
             layout,
             slots=self.slots or max(64, 8 * batch),
-            budget_bytes=self.budget_bytes,
+            budget_bytes=self.budget_bytes if pool is None else None,
+            pool=pool,
             zero_backed=self.zero_backed,
             trace=self.trace,
         )
-
-
-class Owner:
-    """Whoever holds this keeps a KVCache open; it closes at once when the last holder goes."""
-
-    def __init__(self, cache: KVCache) -> None:
-        weakref.finalize(self, cache.close)
 
 
 class Store:
@@ -99,6 +97,7 @@ class Store:
         self.kv: KVCache | None = None
         self.sparse: SparseAttention | None = None
         self.tiers: Tiers | None = None
+        self.kept = None if options.policy is None else HeadStore(options, options.policy)
         self._readers: dict[int, Reader] = {}
         self._owner: Owner | None = None
         self.layers = 0
@@ -130,7 +129,8 @@ class Store:
         batch = key.shape[0]
         if not self._filled:
             if self.kv is None or not _fits(self.kv.layout, key):
-                self._open(self.options.open(self.layers, batch, key))
+                pool = None if self.kept is None else self.kept.pool(key)
+                self._open(self.options.open(self.layers, batch, key, pool))
             self._hold(self.cache.open_batch(batch))
         elif batch != len(self.sequences):
             raise LayoutError(
@@ -319,6 +319,7 @@ class Store:
         memo[id(self)] = twin
         twin.kv, twin._owner = self.kv, self._owner
         twin.sparse, twin.tiers = self.sparse, self.tiers
+        twin.kept = copy.deepcopy(self.kept, memo)
         twin.layers, twin._filled = self.layers, set(self._filled)
         twin._orders = copy.deepcopy(self._orders, memo)
         if self.sequences and self.options.zero_backed:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vattn.generate import Generator, Request, RequestError, Run, same_tokens, without_text
+from vattn.generate import Generator, Run, same_tokens
 from vattn.report import (
     MemoryRow,
     memory_table,
@@ -19,6 +19,7 @@ from vattn.report import (
     step_peak,
     vattn_row,
 )
+from vattn.request import Request, RequestError, without_text
 from vattn.watch import held
 
 if TYPE_CHECKING:
@@ -145,12 +146,17 @@ class Session:
         outputs, kv = self.outputs, run.cache.kv
         files: dict[str, str] = {}
         if outputs.plot:
+            from vattn.kept_picture import draw_kept
             from vattn.picture import draw
             from vattn.show import map_of
 
             title = f"{generator.shape.name}, {generator.shape.layers} layers: "
             title += f"{generator.prompt_tokens:,} tokens read, {run.tokens.shape[1]:,} written"
-            draw(outputs.plot, map_of(kv), history_of(generator, run), reads_of(run), title=title)
+            history = history_of(generator, run)
+            if run.keeps is None:
+                draw(outputs.plot, map_of(kv), history, reads_of(run), title=title)
+            else:
+                draw_kept(outputs.plot, run.keeps, history, title=title)
             files["plot"] = str(outputs.plot)
         if outputs.snapshot:
             from vattn.show import snapshot_of
@@ -164,7 +170,10 @@ class Session:
         self.out.print()
         self.out.print(memory_table(memory_rows(generator, run)))
         self.out.print()
-        if "map" in report:
+        if "kept" in report:
+            self.out.print(kept_table(run))
+            self.out.print(maps_line(report["memory"]), highlight=False, soft_wrap=True)
+        elif "map" in report:
             from vattn.show import MemoryMap, ascii_map, colored
 
             drawn = ascii_map(MemoryMap.from_dict(report["map"]), width=48)
@@ -200,7 +209,7 @@ def build_report(generator: Generator, run: Run, stock: Run | None) -> dict[str,
         "texts": [generator.text(run, row) for row in range(run.tokens.shape[0])],
         "tokens": run.tokens.tolist(),
         "timing": run.timing.to_dict(),
-        "memory": {**rows[0].to_dict(), **(kv.stats().to_dict() if kv is not None else {})},
+        "memory": {**rows[0].to_dict(), **(run.cache.stats().to_dict() if kv is not None else {})},
         "computed": [row.to_dict() for row in rows if not row.measured],
     }
     if kv is not None:
@@ -210,6 +219,8 @@ def build_report(generator: Generator, run: Run, stock: Run | None) -> dict[str,
     store = getattr(run.cache, "store", None)
     if store is not None and store.sparse is not None:
         report["activity"] = [asdict(layer) for layer in run.cache.activity()]
+    if store is not None and store.kept is not None:
+        report["kept"] = [{**asdict(layer), "share": layer.share} for layer in run.cache.kept()]
     if store is not None and store.tiers is not None:
         report["tiers"] = store.tiers.stats().to_dict()
     if stock is not None:
@@ -231,7 +242,7 @@ def memory_rows(generator: Generator, run: Run) -> list[MemoryRow]:
     peers = peer_rows(generator.shape, lengths, prompt=generator.prompt_tokens, room=generator.room)
     cache = generator.request.cache
     if cache == "vattn":
-        return [vattn_row(run.cache.kv.stats().to_dict(), run.peak_bytes), *peers]
+        return [vattn_row(run.cache.stats().to_dict(), run.peak_bytes), *peers]
     # The stock caches' shapes are known: what ran is measured, what it copied is computed.
     held_bytes, _ = held(run.cache)
     like = peers.pop(0 if cache == "dynamic" else 1)
@@ -286,6 +297,19 @@ def activity_line(run: Run) -> str:
         f"decode steps read {read / max(1, there):.1%} of the tokens ({dense:,} of {steps:,} layer "
         f"steps everything); index {size(nbytes)}"
     )
+
+
+def kept_table(run: Run) -> Table:
+    """What each layer has kept: of all heads and sequences together, and of a single head."""
+    table = plain_table("Tokens kept")
+    columns = ("layer", "tokens seen", "kept", "of a head", "rows evicted")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer, kept in enumerate(run.cache.kept()):
+        low, high = min(kept.budgets), max(kept.budgets)
+        held = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        table.add_row(f"{layer}", f"{kept.seen:,}", f"{kept.share:.1%}", held, f"{kept.evicted:,}")
+    return table
 
 
 def tiers_line(stats: dict[str, int]) -> str:

@@ -166,7 +166,7 @@ class Selector:
         return ()
 
     def summarise_values(self, layer: int, values: Tensor) -> tuple[Tensor, ...]:
-        """What records say of V [Hkv, n, page_tokens, Dv]: the parts behind those of `summarise`."""
+        """What records say of V [Hkv, n, page_tokens, Dv]: the parts behind `summarise`'s."""
         return ()
 
     def record(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vattn.keeps import KeepLog
     from vattn.reads import ReadLog
 
 # A character has at most this many byte tokens: what is no character by then is shown as it is.
@@ -30,6 +31,7 @@ class Watch:
     times: list[float] = field(default_factory=list)
     curve: list[tuple[int, int, int]] = field(default_factory=list)
     reads: ReadLog | None = None
+    keeps: KeepLog | None = None
     _line: list[int] = field(default_factory=list)
     _shown: int = 0
     _held: int = 0
@@ -54,7 +56,8 @@ class Watch:
         self._started = time.perf_counter()
 
     def _log(self) -> None:
-        """Log what the middle layer reads of the first sequence, once there is a cache."""
+        """Log what the middle layer reads of the first sequence, or what all layers keep of it,
+        once there is a cache."""
         store: Any = getattr(self.cache, "store", None)
         sparse = getattr(store, "sparse", None)
         if self.curve_every and self.reads is None and sparse is not None:
@@ -62,6 +65,12 @@ class Watch:
 
             layer = sparse.cache.layout.layers // 2
             self.reads = ReadLog(sparse, layer, store.sequences[0].slot)
+        eviction = getattr(getattr(store, "kept", None), "eviction", None)
+        if self.curve_every and eviction is not None:
+            from vattn.keeps import KeepLog
+
+            self.keeps = self.keeps or KeepLog(eviction)
+            self.keeps.note()
 
     def end(self) -> None:
         """Called by ``generate`` after the last token."""
@@ -89,7 +98,7 @@ def footprint(cache: Any) -> int:
 def held(cache: Any) -> tuple[int, int]:
     """Bytes that a transformers cache holds now: ``(mapped, used)``."""
     if getattr(cache, "kv", None) is not None:
-        stats = cache.kv.stats()
+        stats = cache.stats()
         return stats.mapped_bytes, stats.used_bytes
     nbytes = sum(
         tensor.untyped_storage().nbytes()

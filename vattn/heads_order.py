@@ -1,0 +1,80 @@
+"""Sequences of a `HeadCache` in another order, or as often as wanted: beam search, forks, choices.
+
+reorder     in place: pages are remapped, only partly filled tails are copied
+selected    another HeadCache with sequences of its own: rows are copied
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .heads import HeadCache, Track
+
+
+def reorder(heads: HeadCache, order: list[int]) -> None:
+    """Sequence i gets what sequence ``order[i]`` holds, in every layer; as many as there are.
+
+    Raises:
+        OutOfPages, MapLimitError, DriverError: as `KVCache.reorder`; nothing has changed.
+    """
+    every = heads.cache.sequences
+    slots = np.arange(len(every)).reshape(heads.layers, heads.batch, heads.kv_heads)
+    heads.cache.reorder(every, slots[:, order].ravel().tolist())
+    heads.tokens = heads.tokens[:, order]
+    for layer in range(heads.layers):
+        heads.tracks[layer] = _tracks(heads, layer, order)
+
+
+def selected(heads: HeadCache, order: list[int]) -> HeadCache:
+    """A new HeadCache over the same pool, whose sequence i holds what ``order[i]`` holds here.
+
+    Raises:
+        OutOfPages, MapLimitError, DriverError: as `HeadCache.append`; nothing is left behind.
+    """
+    layout = heads.layout
+    twin = HeadCache(
+        heads.layers,
+        heads.kv_heads,
+        layout.head_dim,
+        layout.max_tokens,
+        batch=len(order),
+        dtype=layout.dtype,
+        page_bytes=layout.page,
+        pool=heads.cache.pool,
+    )
+    try:
+        for layer in range(heads.layers):
+            _copy(heads, twin, layer, order)
+    except BaseException:
+        twin.close()
+        raise
+    return twin
+
+
+def _copy(heads: HeadCache, twin: HeadCache, layer: int, order: list[int]) -> None:
+    lengths = heads.lengths(layer)[order]
+    if lengths.any():
+        source, target = heads.kv(layer), twin.cache.sequences
+        assert source.slots is not None
+        slots = source.slots.view(heads.batch, heads.kv_heads)[order].flatten().tolist()
+        counts = lengths.ravel().tolist()
+        k, v = (
+            torch.cat([side[slot, :, :count] for slot, count in zip(slots, counts, strict=True)], 1)
+            for side in (source.key, source.value)
+        )
+        first = layer * len(slots)
+        twin.cache.append(0, k, v, target[first : first + len(slots)], counts=counts)
+    twin.tokens[layer] = heads.tokens[layer, order]
+    twin.tracks[layer] = _tracks(heads, layer, order)
+
+
+def _tracks(heads: HeadCache, layer: int, order: list[int]) -> dict[str, Track]:
+    """What lies beside the rows, in the new order."""
+    longest = int(heads.lengths(layer).max())
+    found = {}
+    for name, track in heads.tracks[layer].items():
+        rows = track.get(longest)[order]
+        found[name] = Track(rows.shape[0], rows.shape[1], rows.dtype, rows.device)
+        found[name].get(longest).copy_(rows)
+    return found
