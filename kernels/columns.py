@@ -42,19 +42,21 @@ class Columns:
     rows: int
 
 
-def columns(query: Tensor, kv: KV, *, scale: float | None = None) -> Columns:
-    """The sums of query [B, Hq, R, D] over K.
+def columns(
+    query: Tensor, kv: KV, *, scale: float | None = None, bias: Tensor | None = None
+) -> Columns:
+    """The sums of query [B, Hq, R, D] over K; ``bias`` as in `logits`.
 
     Raises:
         ValueError: query and K do not suit each other, or R exceeds the shortest sequence.
     """
-    if query.is_cuda:
+    if query.is_cuda and bias is None:
         from vattn.kernels.columns_kernel import columns as launched
 
         return launched(query, kv, scale=scale)
     total: Tensor | None = None
     square = entropy = query.new_zeros(0)
-    for _, scores in logits(query, kv, scale=scale):
+    for _, scores in logits(query, kv, scale=scale, bias=bias):
         logs = scores.log_softmax(-1)
         weights = logs.exp()
         mixed = (weights * logs.masked_fill_(weights == 0, 0.0)).sum((-1, -2)).neg_()
@@ -68,9 +70,12 @@ def columns(query: Tensor, kv: KV, *, scale: float | None = None) -> Columns:
     return Columns(total, square, entropy, query.shape[2])
 
 
-def logits(query: Tensor, kv: KV, *, scale: float | None = None) -> Iterator[tuple[int, Tensor]]:
+def logits(
+    query: Tensor, kv: KV, *, scale: float | None = None, bias: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Blocks of rows of scale * q k^T under the causal mask: (first row, [B, Hq, r, n] float32),
-    -inf where a row sees nothing. For policies that need more than sums.
+    -inf where a row sees nothing. For policies that need more than sums. ``bias`` [B, Hkv, n] is
+    added to the scores: the logarithms of how many tokens each row stands for.
 
     Raises:
         ValueError: as `columns`.
@@ -89,6 +94,8 @@ def logits(query: Tensor, kv: KV, *, scale: float | None = None) -> Iterator[tup
         some = query[:, :, first : first + step].float() * factor
         grouped = some.unflatten(1, (kv_heads, -1))
         scores = grouped.flatten(2, 3) @ keys.mT
+        if bias is not None:
+            scores += bias[:, :, None]
         scores = scores.view(batch, heads, some.shape[2], longest)
         row = torch.arange(first, first + some.shape[2], device=query.device)
         last = (ends[:, None] + row)[:, None, :, None]

@@ -63,6 +63,8 @@ def check(kv: KV, kept: Tensor, count: Tensor) -> None:
             raise ValueError(
                 f"{name} is {tensor.dtype} on {tensor.device}: must be int64 on {kv.key.device}"
             )
+    if bool(((count < 0) | (count > kept.shape[2])).any()):
+        raise ValueError(f"count must lie in 0..{kept.shape[2]}, the kept rows that there are")
     if not kept.shape[2]:
         return
     most = torch.full(shape[:1], kv.key.shape[2], device=kept.device)
@@ -71,5 +73,5 @@ def check(kv: KV, kept: Tensor, count: Tensor) -> None:
     beyond = (kept >= lengths[:, None, None]) | (kept < 0)
     falls = torch.zeros_like(inside)
     falls[..., 1:] = kept[..., 1:] <= kept[..., :-1]
-    if bool(((beyond | falls) & inside).any()) or bool((count > kept.shape[2]).any()):
+    if bool(((beyond | falls) & inside).any()):
         raise ValueError("kept rows must ascend, without repetition, below each sequence's length")

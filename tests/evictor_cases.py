@@ -17,6 +17,7 @@ from torch import Tensor
 from vattn.eviction import SCORE, Eviction
 from vattn.evictor import Evictor
 from vattn.heads import HeadCache
+from vattn.kernels.kv import MOST_TOKENS
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +98,21 @@ class Call:
         return self.start == 0
 
     @property
+    def draft(self) -> int:
+        """Tokens of a step that may be taken back: all but the first."""
+        return (
+            0 if self.prompt or self.stop - self.start > MOST_TOKENS else self.stop - self.start - 1
+        )
+
+    @property
     def age(self) -> Tensor:
         """[T]: tokens since each; negative for those to come."""
         return self.stop - 1 - torch.arange(self.before.shape[2])
+
+    @property
+    def since(self) -> Tensor:
+        """[T]: `age`, as of the last token that is sure."""
+        return self.age - self.draft
 
 
 @dataclass(eq=False)

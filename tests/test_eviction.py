@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.attention import fresh_seed
 from vattn.eviction import Eviction, dense_prompt
-from vattn.evictor import Evictor, EvictorError, Seen, best
+from vattn.evictor import Evictor, EvictorError, Seen, Step, best
 from vattn.evictors import H2O, SlidingWindow, SnapKV, Streaming
 from vattn.heads import HeadCache
 from vattn.layout import LayoutError
@@ -205,3 +205,114 @@ def test_what_does_not_suit_is_refused():
         eviction = Eviction(heads, H2O(budget=0.5))
         with pytest.raises(LayoutError, match="append first"):
             eviction.attend(torch.randn(1, 1, 3, 8), 0)
+
+
+def test_a_draft_that_is_taken_back_costs_no_token():
+    """Tokens that may yet go are held beyond the budget, and recent ones are those before them."""
+    fresh_seed()
+    text = Text(Streaming(budget=12, sink_tokens=4, recent_tokens=4))
+    text.feed(40)
+    for draft, wrong in ((8, 7), (8, 0), (3, 2), (1, 0)):
+        before = text.heads.tokens[0, 0]
+        text.feed(draft)
+        assert text.held() == {12 + draft - 1}
+        for layer in range(LAYERS):
+            text.eviction.crop(layer, wrong)
+            text.k[layer], text.v[layer] = (
+                x[layer][:, :, : x[layer].shape[2] - wrong] for x in (text.k, text.v)
+            )
+        held = text.heads.positions(0)[0, 0, : text.heads.counts(0)[0, 0]].tolist()
+        assert {0, 1, 2, 3, *range(before, before + draft - wrong)} <= set(held)
+        assert min(text.held()) >= 12
+    text.feed(1)
+    assert text.held() == {12}
+
+
+def test_the_newest_stay_where_more_is_to_stay_than_the_budget_holds():
+    fresh_seed()
+    text = Text(H2O(budget=10, sink_tokens=8, recent_share=0.9))
+    text.feed(100)
+    for _ in range(5):
+        text.feed(1)
+        newest = int(text.heads.tokens[0, 0]) - 1
+        assert set(text.heads.positions(0)[0, 0].tolist()) >= {newest, newest - 1, newest - 2}
+    assert text.held() == {10}
+
+
+def test_a_padded_prompt_alone_is_that_without_padding():
+    fresh_seed()
+    k, v = torch.randn(2, 1, HEADS, 70, DIM).unbind(0)
+    query = torch.randn(1, HEADS * GROUPS, 70, DIM)
+    kept = []
+    for padding in (0, 30):
+        some = slice(30 - padding, 70)
+        with HeadCache(1, HEADS, DIM, 128, dtype="float32") as heads:
+            eviction = Eviction(heads, H2O(budget=0.5))
+            eviction.append(0, k[:, :, some], v[:, :, some], np.array([40]))
+            eviction.attend(query[:, :, some], 0, attended=query[:, :, some])
+            kept.append(heads.positions(0)[..., :20].clone())
+            assert heads.lengths(0).tolist() == [[20] * HEADS]
+    assert torch.equal(*kept)
+
+
+def test_every_sequence_gets_a_token_and_steps_are_not_padded():
+    with HeadCache(1, 1, 8, 64, batch=2, dtype="float32") as heads:
+        eviction = Eviction(heads, H2O(budget=0.5))
+        k = torch.randn(2, 1, 20, 8)
+        with pytest.raises(LayoutError, match="every sequence needs at least one"):
+            eviction.append(0, k, k, np.array([20, 0]))
+        eviction.append(0, k, k, np.array([20, 3]))
+        eviction.attend(torch.randn(2, 1, 20, 8), 0, attended=k)
+        with pytest.raises(LayoutError, match="a decode step all of them"):
+            eviction.append(0, k[:, :, :2], k[:, :, :2], np.array([2, 1]))
+        assert heads.tokens[0].tolist() == [20, 3]
+
+
+def test_steps_that_fail_and_are_taken_back_leave_layers_in_step():
+    fresh_seed()
+    text = Text(Streaming(budget=20, sink_tokens=2, recent_tokens=4, every=3))
+    text.feed(40)
+    k = torch.randn(BATCH, HEADS, 1, DIM)
+    text.eviction.append(0, k, k)
+    text.eviction.attend(torch.randn(BATCH, HEADS * GROUPS, 1, DIM), 0)
+    text.eviction.crop(0, 1)  # layer 1 had no memory, say
+    for _ in range(7):
+        text.feed(1)
+        assert len(text.held()) == 1, "both layers hold equally many rows"
+
+
+def test_merged_rows_weigh_in_what_evictors_see():
+    fresh_seed()
+    seen: list[Tensor] = []
+
+    class Watching(H2O):
+        def observe(self, score: Tensor, step: Step) -> Tensor:
+            seen.append(step.weights.sum(-1))
+            return super().observe(score, step)
+
+    text = Text(Watching(budget=100))
+    text.feed(50)
+    for layer in range(LAYERS):
+        text.heads.track(layer, "log_weight").fill_(2.0)
+    k = torch.randn(BATCH, HEADS, 1, DIM)
+    text.eviction.append(0, k, k)
+    text.eviction.attend(torch.randn(BATCH, HEADS * GROUPS, 1, DIM), 0)
+    torch.testing.assert_close(seen[0], torch.ones_like(seen[0]))
+    # A second prompt: sums over its queries, row by row of attention with the weights.
+    query = torch.randn(BATCH, HEADS * GROUPS, 20, DIM)
+    k = torch.randn(BATCH, HEADS, 20, DIM)
+    text.eviction.append(0, k, k)
+    out = text.eviction.attend(query, 0)
+    looked = text.eviction._seen(0, DIM**-0.5)
+    looked.query = query
+    found = looked.columns(20).total.sum(2)
+    logs = text.heads.track(0, "log_weight")
+    keys, values = looked.keys.double(), looked.values.double()
+    for b, h in ((0, 0), (1, 1)):
+        some = query[b, h * GROUPS : (h + 1) * GROUPS].double()
+        scores = some @ keys[b, h].T * DIM**-0.5 + logs[b, h].double()
+        scores.masked_fill_(torch.ones(20, 71).triu(52).bool(), float("-inf"))
+        weights = scores.softmax(-1)
+        assert torch.allclose(found[b, h].double(), weights.sum((0, 1)), atol=1e-5)
+        right = weights @ values[b, h]
+        assert torch.allclose(out[b, h * GROUPS : (h + 1) * GROUPS].double(), right, atol=1e-5)

@@ -69,7 +69,7 @@ def totals(done: Run) -> list[Tensor]:
 
 
 def counts(call: Call, many: int) -> Tensor:
-    return torch.full(call.before.shape[:2], many)
+    return torch.full(call.before.shape[:2], many + call.draft)
 
 
 # ---- keyformer ----------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def check_keyformer(seed: int, done: Run, evictor: Keyformer, budget: int) -> fl
             positions = torch.arange(tokens).expand(batch, heads, -1)
             found = found + gumbel(evictor.seed, call.layer, at, positions, groups).double()
         sums[call.layer] += (found / tau).softmax(-1).sum((2, 3))
-        recent = call.age < int(budget * evictor.recent_share)
+        recent = call.since < int(budget * evictor.recent_share)
         scores = sums[call.layer]
         margin = assert_best(
             call.before, call.after, scores, recent, counts(call, budget), note(seed, call)
@@ -164,7 +164,7 @@ def test_corm_keeps_what_was_major_within_the_window(seed: int, fresh: int) -> N
             last = bound[call.layer].maximum(last_major(done.text, call, slack))
             bound[call.layer] = last
             now = call.stop - 1
-            sides.append(call.before & ((call.age < window) | (last > now - window)))
+            sides.append(call.before & ((call.since < window) | (last > now - window)))
         assert bool((sides[0] <= call.after).all()), note(seed, call)
         assert bool((call.after <= sides[1]).all()), note(seed, call)
         low, high = (bound[call.layer] * call.after for bound in bounds)
@@ -189,12 +189,15 @@ def test_tova_keeps_what_the_last_query_looks_at(seed: int, fresh: int) -> None:
     done = run(written(seed, fresh), TOVA(budget=24))
     for call in done.calls:
         mean = attention(done.text, call, rows=1).mean((1, 2, 3))[:, None].expand_as(call.before)
-        assert_best(call.before, call.after, mean, call.age < 1, counts(call, 24), note(seed, call))
+        assert_best(
+            call.before, call.after, mean, call.since < 1, counts(call, 24), note(seed, call)
+        )
         assert_recorded(call, mean, note(seed, call))
         assert torch.equal(call.after, call.after[:, :1].expand_as(call.after)), note(seed, call)
         if not call.prompt:
             gone = call.before.sum(-1) - call.after.sum(-1)
-            assert bool((gone == fresh).all()), note(seed, call)
+            first = call.start == done.text.prompt
+            assert bool((gone == fresh - (call.draft if first else 0)).all()), note(seed, call)
 
 
 # ---- pyramid ------------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ def test_pyramidkv_gives_deeper_layers_less(seed: int) -> None:
         assert abs(held[-1] - window - exact) < 1, f"layer {call.layer}"
         weights = attention(done.text, call, rows=window).sum(3).mean(2)
         mean = F.avg_pool1d(weights, 5, stride=1, padding=2)
-        assert_best(call.before, call.after, mean, call.age < window, count, note(seed, call))
+        assert_best(call.before, call.after, mean, call.since < window, count, note(seed, call))
     assert sum(held) == layers * budget
     assert held == sorted(held, reverse=True)
     assert bool(all((c.after == c.before).all() for c in done.calls[layers:]))
@@ -262,9 +265,9 @@ def test_adakv_shares_a_budget_between_heads(seed: int, safeguard: float) -> Non
     )
     for call in done.calls[: done.text.layers]:
         weights = attention(done.text, call, rows=window).sum(3).mean(2)
-        weights[..., call.age < window] = 0
+        weights[..., call.since < window] = 0
         scores = F.max_pool1d(weights, 7, stride=1, padding=3)
-        recent, count = call.age < window, call.after.sum(-1)
+        recent, count = call.since < window, call.after.sum(-1)
         assert bool((count.sum(1) == 4 * budget).all()), note(seed, call)
         assert bool((count >= safeguard * budget - 1e-9).all()), note(seed, call)
         assert_best(call.before, call.after, scores, recent, count, note(seed, call))
@@ -313,7 +316,7 @@ def test_cake_cascades_to_what_one_decision_would_keep(
         scores, entropy, shift = cake_reference(done.text, call, window, 200.0)
         wishes.append(entropy ** (1 / tau1) * shift ** (1 / tau2))
         count.append(call.after.sum(-1))
-        recent = call.age < window
+        recent = call.since < window
         assert_best(call.before, call.after, scores, recent, count[-1], note(seed, call))
         assert_recorded(call, scores, note(seed, call))
     found = torch.stack(done.eviction._preferences).double()
@@ -344,7 +347,7 @@ def check_cake_steps(seed: int, done: Run, window: int, count: list[Tensor]) -> 
                 line = F.pad(weights[b, h, at], (2, 2))
                 scores[b, h, at] = line.unfold(0, 5, 1).mean(-1)
         many = count[call.layer]
-        assert_best(call.before, call.after, scores, call.age < window, many, note(seed, call))
+        assert_best(call.before, call.after, scores, call.since < window, many, note(seed, call))
         assert_recorded(call, scores, note(seed, call))
 
 
@@ -378,7 +381,7 @@ def test_observed_attention_is_the_mean_of_those_who_could_see(seed: int, fresh:
     for call in done.calls:
         sums[call.layer] += attention(done.text, call).sum(3).mean(2)
         mean = sums[call.layer] / (call.age + 1).clamp_min(1)
-        stays = (call.age < 5) | (torch.arange(done.text.tokens) < 2)
+        stays = (call.since < 5) | (torch.arange(done.text.tokens) < 2)
         assert_best(call.before, call.after, mean, stays, counts(call, 24), note(seed, call))
         assert_recorded(call, mean, note(seed, call))
         assert float(call.score.max()) <= 1 + 1e-5
@@ -392,7 +395,7 @@ def test_simlayerkv_trims_the_lazy_layer_alone(seed: int, window: int, fresh: in
     done = run(written(seed, fresh, lazy=(1,), layers=3, sharp=1.0), evictor)
     lazy = {}
     for call in done.calls:
-        ends = (call.age < 12) | (torch.arange(done.text.tokens) < 4)
+        ends = (call.since < 12) | (torch.arange(done.text.tokens) < 4)
         if call.prompt or fresh == 20:
             mass = attention(done.text, call, rows=window)[..., ends].sum(-1).mean((1, 2, 3))
             lazy[call.layer] = (mass > 0.8)[:, None, None]
@@ -405,7 +408,7 @@ def test_simlayerkv_trims_the_lazy_layer_alone(seed: int, window: int, fresh: in
 
 def ends_stay(call: Call, sinks: int, recent: int) -> Tensor:
     place = torch.arange(call.before.shape[2])
-    return call.before & ((place < sinks) | (call.age < recent))
+    return call.before & ((place < sinks) | (call.since < recent))
 
 
 @pytest.mark.parametrize("fresh", FRESH)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.attention import fresh_seed
 from vattn.allocator.errors import OutOfPages, OutOfRange
 from vattn.heads import HeadCache, KeepError, as_rows
+from vattn.heads_order import reorder
 from vattn.kernels.contract import EMPTY
 from vattn.layout import LayoutError
 
@@ -116,12 +117,61 @@ def test_forgetting_one_row_moves_the_last_into_its_place(cache: HeadCache):
         calls = dict(cache.stats().calls)
         gone = torch.tensor([[len(mirror.rows[b, h]) for h in range(HEADS)] for b in range(BATCH)])
         gone = (torch.rand(BATCH, HEADS) * gone).long()
+        drop = torch.zeros(BATCH, HEADS, int(cache.lengths(0).max()), dtype=torch.bool)
         for (b, h), rows in mirror.rows.items():
+            drop[b, h, gone[b, h]] = True
             rows[gone[b, h]] = rows[-1]
             rows.pop()
-        cache.forget(0, gone)
+        cache.forget(0, drop)
         mirror.check()
         assert cache.stats().calls == calls, "no page was mapped or unmapped"
+
+
+def test_many_rows_go_and_as_many_move(cache: HeadCache):
+    mirror = Mirror(cache, 0)
+    mirror.append(60)
+    mirror.append(9, [9, 4])
+    for share in (0.1, 0.5, 0.9, 1.0):
+        drop = torch.rand(BATCH, HEADS, int(cache.lengths(0).max())) < share
+        for (b, h), rows in mirror.rows.items():
+            drop[b, h, len(rows) :] = False
+            left = len(rows) - int(drop[b, h].sum())
+            stay = [row for i, row in enumerate(rows) if i >= left and not drop[b, h, i]]
+            here = [i for i in range(left) if drop[b, h, i]]
+            for i, row in zip(here, stay, strict=True):
+                rows[i] = row
+            del rows[left:]
+        cache.forget(0, drop)
+        mirror.check()
+    mirror.append(5)
+    mirror.check()
+
+
+def test_rows_that_another_sequence_shares_stay_its_own(cache: HeadCache):
+    """Beam search aliases pages: what one sequence drops, the other still has."""
+    for shrink in ("keep", "forget"):
+        cache.clear(0)
+        mirror = Mirror(cache, 0)
+        mirror.append(300)
+        reorder(cache, [0, 0])
+        for h in range(HEADS):
+            mirror.rows[1, h] = list(mirror.rows[0, h])
+        drop = torch.zeros(BATCH, HEADS, 300, dtype=torch.bool)
+        drop[0, :, 10:250:3] = True
+        if shrink == "keep":
+            cache.keep(0, *as_rows(~drop))
+            for h in range(HEADS):
+                mirror.rows[0, h] = [
+                    r for r, gone in zip(mirror.rows[0, h], drop[0, h], strict=True) if not gone
+                ]
+        else:
+            first = [cache.kv(0).key[int(s), 0, :300].clone() for s in cache.kv(0).slots[HEADS:]]
+            cache.forget(0, drop)
+            for h, rows in enumerate(first):
+                slot = int(cache.kv(0).slots[HEADS + h])
+                assert torch.equal(cache.kv(0).key[slot, 0, :300], rows)
+            continue
+        mirror.check()
 
 
 def test_pages_come_back_and_a_prompt_holds_one_whole_layer():
@@ -173,6 +223,17 @@ def test_rows_count_as_often_as_their_weights_say(cache: HeadCache):
     after, merged = cache.attend_lse(query, 0)
     assert torch.allclose(after, before, atol=1e-6)
     assert torch.allclose(merged, lse, atol=1e-6)
+    # Heads that keep less leave no weight behind for rows to come.
+    keep = torch.rand(BATCH, HEADS, 20) < 0.5
+    keep[0, 0] = True
+    rows, counts = as_rows(keep)
+    cache.keep(0, rows, counts)
+    cache.replace(0, rows, counts, k, v, torch.full((BATCH, HEADS, 20), 3.0))
+    cache.append(0, *torch.randn(2, BATCH, HEADS, 20, DIM).unbind(0))
+    weights = cache.track(0, "log_weight")
+    for b, h in torch.cartesian_prod(torch.arange(BATCH), torch.arange(HEADS)).tolist():
+        assert (weights[b, h, : counts[b, h]] == 3.0).all()
+        assert (weights[b, h, counts[b, h] :] == 0.0).all()
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing(cache: HeadCache):
@@ -181,8 +242,16 @@ def test_what_cannot_be_is_refused_and_changes_nothing(cache: HeadCache):
     one = torch.ones(BATCH, HEADS, dtype=torch.int64)
     with pytest.raises(KeepError, match="below each sequence's length"):
         cache.keep(0, torch.full((BATCH, HEADS, 1), 12), one)
-    with pytest.raises(KeepError, match="to forget"):
-        cache.forget(0, 12 * one)
+    for wrong in (torch.ones(BATCH, HEADS, 13), torch.ones(BATCH, HEADS, 11)):
+        with pytest.raises(KeepError, match="to forget"):
+            cache.forget(0, wrong.bool())
+    with pytest.raises(KeepError, match="count must lie"):
+        cache.keep(0, torch.zeros(BATCH, HEADS, 1, dtype=torch.int64), -one)
+    for tokens in (13, -1):
+        with pytest.raises(KeepError, match=f"cannot crop {tokens} tokens"):
+            cache.crop(0, tokens)
+    with pytest.raises(LayoutError, match="fewer than the 20 queries"):
+        cache.attend_lse(torch.randn(BATCH, HEADS, 20, DIM), 0)
     with pytest.raises(LayoutError, match="layer 2 does not exist"):
         cache.lengths(2)
     with pytest.raises(LayoutError, match="k and v must be"):

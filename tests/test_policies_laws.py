@@ -353,3 +353,28 @@ def test_a_cache_gives_the_estimated_zone_what_it_needs(dtype: torch.dtype) -> N
         right = sparse.attend(query, look.kv, selector.select(query, look))[0]
         torch.testing.assert_close(out, right)
         assert engine.activity()[0].read < engine.activity()[0].there
+
+
+def test_padding_has_no_part_in_a_mean() -> None:
+    """Padding ends within a page, and holds large values: the result is as without it."""
+    selector = Estimated(page_tokens=8, **PLAIN)
+    query, key, value = torch.randn(1, 4, 1, DIM), *torch.randn(2, 1, 2, TOKENS, DIM).unbind(0)
+    apart = []
+    for padding in (0.0, 1000.0):
+        value[:, :, :13] = padding
+        look = look_at(selector, key, value, starts=[13])
+        out, _, _ = sparse.attend(query, look.kv, selector.select(query, look))
+        right = torch.nn.functional.scaled_dot_product_attention(
+            query, key[:, :, 13:], value[:, :, 13:], enable_gqa=True
+        )
+        apart.append(float((out - right).norm() / right.norm()))
+    assert apart[0] == pytest.approx(apart[1], rel=1e-4)
+    assert apart[1] < 1
+
+
+def test_means_of_large_values_are_finite() -> None:
+    selector = Estimated(page_tokens=8, **PLAIN)
+    query, key = torch.randn(1, 4, 1, DIM), torch.randn(1, 2, TOKENS, DIM)
+    look = look_at(selector, key, torch.full((1, 2, TOKENS, DIM), 1e5))
+    out, _, _ = sparse.attend(query, look.kv, selector.select(query, look))
+    assert torch.allclose(out, torch.full_like(out, 1e5), rtol=1e-2)

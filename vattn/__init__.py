@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vattn.dropin import SDPAMode as SDPAMode
     from vattn.dropin import patch as patch
     from vattn.dropin import patched as patched
+    from vattn.eviction import Eviction as Eviction
+    from vattn.heads import HeadCache as HeadCache
     from vattn.layout import Layout as Layout
     from vattn.prefix import shared_prefixes as shared_prefixes
     from vattn.ragged import attend as attend
@@ -29,6 +31,8 @@ __version__ = "0.1.0"
 
 # Where each public name lives; None marks a module that is a public name itself.
 _HOME: dict[str, str | None] = {
+    "Eviction": "eviction",
+    "HeadCache": "heads",
     "KVCache": "cache",
     "Layout": "layout",
     "SDPAMode": "dropin",
@@ -38,6 +42,7 @@ _HOME: dict[str, str | None] = {
     "attend_lse": "ragged",
     "batch_invariant": "sdpa_gpu",
     "explain": "sdpa",
+    "evictors": None,
     "hf": None,
     "patch": "dropin",
     "patched": "dropin",

@@ -411,14 +411,24 @@ class KVCache:
 
         Raises:
             OutOfRange: a length is negative, more than there are, or before what a window released.
-            Nothing has changed.
+            LayoutError: not one length for each sequence. Nothing has changed.
         """
         batch = self.batch(sequences)
         self._frontiers.shorten(batch, tokens)
         self.versions[batch.slots] += 1
         for follower in self.followers:
-            for slot, count in zip(batch.slots, tokens.tolist(), strict=True):
+            for slot, count in zip(batch.slots, self.tokens[batch.slots].tolist(), strict=True):
                 follower.shrunk(np.array([slot]), slice(None), count)
+
+    def unshare(self, sequences: Seq[Sequence] | Batch) -> None:
+        """Copy the pages that these sequences share with others: all rows may then be written.
+
+        Raises:
+            OutOfPages, MapLimitError, DriverError: no row has changed.
+        """
+        batch = self.batch(sequences)
+        ends = self.tokens[batch.slots]
+        self._frontiers.unshare(batch, np.zeros_like(ends), ends)
 
     def commit(
         self, sequences: Seq[Sequence] | Batch, tokens: int, layer: int | None = None

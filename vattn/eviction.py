@@ -5,9 +5,11 @@
     out = eviction.attend(query, layer)                 attends, observes, and evicts
 
 One call of `attend` for each layer and step, layers in order. Calls with more than `MOST_TOKENS`
-queries, and a layer's first, are prompts: after each, the layer keeps what the budget allows and
-its other pages go back to the pool, so that a prompt never holds more than one whole layer. Others
-are decode steps.
+queries, and a layer's first, are prompts: after each, the layer keeps what the budget allows (a
+share is a share of the text up to there) and its other pages go back to the pool. So a prompt holds
+no more than one whole layer beside what the layers before it have kept; an evictor that decides for
+all layers jointly, and dense layers, hold more. Others are decode steps: read a prompt in pieces of
+more than `MOST_TOKENS`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +42,7 @@ class State:
     """What is recorded of one layer beside its rows."""
 
     prompt: Tensor  # [B] tokens of the text when the last prompt ended
+    fresh: Tensor  # [B] tokens of the last `append`
     steps: int = 0
     evicted: int = 0
     budgets: Tensor | None = None  # [B, H], of an evictor that cascades
@@ -95,6 +99,7 @@ class Eviction:
             replace(
                 state,
                 prompt=state.prompt[index],
+                fresh=state.fresh[index],
                 budgets=None if state.budgets is None else state.budgets[index],
             )
             for state in self._states
@@ -102,8 +107,23 @@ class Eviction:
         return twin
 
     def append(self, layer: int, k: Tensor, v: Tensor, counts: Ints | None = None) -> None:
-        """New rows [B, Hkv, n, D] of a layer, see `HeadCache.append`."""
+        """New rows [B, Hkv, n, D] of a layer, see `HeadCache.append`; ``counts`` for a prompt that
+        is padded on the left.
+
+        Raises:
+            LayoutError: a sequence gets no token, or a decode step is padded. Otherwise as
+            `HeadCache.append`; nothing has changed.
+        """
+        new = k.shape[2] if k.dim() == 4 else 0
+        added = np.full(self.heads.batch, new) if counts is None else np.asarray(counts)
+        padded = added.size and int(added.min()) < new
+        if padded and (int(added.min()) < 1 or not self._is_prompt(layer, new)):
+            raise LayoutError(
+                f"counts are {added.tolist()} of {new} tokens: every sequence needs at least one, "
+                "and a decode step all of them"
+            )
         self.heads.append(layer, k, v, counts)
+        self._states[layer].fresh = torch.from_numpy(added.astype(np.int64)).to(self.heads.device)
 
     def attend(
         self,
@@ -125,13 +145,14 @@ class Eviction:
         heads, state, evictor = self.heads, self._states[layer], self.evictor
         length = query.shape[2]
         factor = query.shape[3] ** -0.5 if scale is None else float(scale)
-        prompt = length > MOST_TOKENS or not bool(state.prompt.any())
-        if length > int(heads.tokens[layer].max()):
-            raise LayoutError(
-                f"layer {layer} holds fewer tokens than the {length} queries: append first"
-            )
+        prompt = self._is_prompt(layer, length)
         lse = None
         if attended is None:
+            if length > int(heads.tokens[layer].min()):
+                raise LayoutError(
+                    f"layer {layer} holds fewer tokens than the {length} queries: append first; "
+                    "where they are padded, pass attended"
+                )
             attended, lse = heads.attend_lse(query, layer, scale=factor)
         if layer in evictor.dense_layers:
             state.prompt = self._tokens(layer)
@@ -169,8 +190,9 @@ class Eviction:
         seen = self._seen(layer, scale)
         seen.fresh, seen.hidden = length, hidden
         # Padded prompts are of different lengths: each has queries of its own.
-        padded = int(state.prompt.min()) < length and self.heads.batch > 1
-        parts = [seen.alone(b) for b in range(self.heads.batch)] if padded else [seen]
+        fresh = state.fresh.tolist()
+        padded = min(fresh) < length
+        parts = [seen.alone(b, n) for b, n in enumerate(fresh)] if padded else [seen]
         for b, part in enumerate(parts):
             wanted = min(evictor.rows(part.fresh), part.fresh, int(part.counts.min()))
             if wanted:
@@ -219,28 +241,39 @@ class Eviction:
         return torch.from_numpy(self.heads.tokens[layer].copy()).to(self.heads.device)
 
     def _fresh(self) -> State:
-        return State(torch.zeros(self.heads.batch, dtype=torch.int64, device=self.heads.device))
+        zeros = torch.zeros(self.heads.batch, dtype=torch.int64, device=self.heads.device)
+        return State(zeros, zeros)
+
+    def _is_prompt(self, layer: int, length: int) -> bool:
+        return length > MOST_TOKENS or not bool(self._states[layer].prompt.any())
 
     # ---- steps ---------------------------------------------------------------------------------
     def _step(self, query: Tensor, layer: int, scale: float, lse: Tensor | None) -> None:
-        state, evictor = self._states[layer], self.evictor
+        state, evictor, length = self._states[layer], self.evictor, query.shape[2]
         state.steps += 1
         if evictor.watches:
             self._observe(query, layer, scale, lse)
-        if not evictor.decodes or state.steps % evictor.every:
+        # By tokens, not steps: a step that failed and is taken back leaves no trace.
+        behind = int((self._tokens(layer) - state.prompt).max())
+        if not evictor.decodes or behind // evictor.every == (behind - length) // evictor.every:
             return
         seen = self._seen(layer, scale)
-        budgets = state.budgets
-        if budgets is None:
-            budgets = evictor.budgets(seen)
+        seen.fresh, seen.draft = length, length - 1
+        budgets = evictor.budgets(seen) if state.budgets is None else state.budgets
+        budgets = budgets + seen.draft
         excess = seen.counts - budgets
         if not evictor.adaptive and not bool((excess > 0).any()):
             return
         scores = evictor.rescore(seen)
         if type(evictor).choose is Evictor.choose and bool((excess == 1).all()):
-            self._forget(layer, seen, evictor.worst(scores, seen))
+            row = evictor.worst(scores, seen)[..., None]
+            self._drop(layer, seen, torch.zeros_like(seen.valid).scatter_(2, row, True))
+            return
+        mask = evictor.choose(scores, seen, budgets)
+        if type(evictor).merged is Evictor.merged:
+            self._drop(layer, seen, seen.valid & ~mask)
         else:
-            self._keep(layer, seen, evictor.choose(scores, seen, budgets))
+            self._keep(layer, seen, mask)
 
     def _observe(self, query: Tensor, layer: int, scale: float, lse: Tensor | None) -> None:
         """Let the evictor see the attention of a decode step."""
@@ -254,6 +287,8 @@ class Eviction:
             assert kv.lengths is not None
             last = (kv.lengths[:, None] - length + row)[..., None]
             found.masked_fill_(torch.arange(longest, device=found.device) > last, EMPTY)
+        if "log_weight" in heads.tracks[layer]:
+            found += heads.track(layer, "log_weight").flatten(0, 1)[:, None]
         if lse is None:
             sums = found.logsumexp(-1)
         else:
@@ -293,17 +328,20 @@ class Eviction:
             kv,
             scale,
             output=None if self.outputs is None else self.outputs[layer],
+            log_weight=(
+                heads.track(layer, "log_weight") if "log_weight" in heads.tracks[layer] else None
+            ),
             gather=gather,
         )
 
-    def _forget(self, layer: int, seen: Seen, rows: Tensor) -> None:
-        """Drop one row of every head: no page moves."""
-        if self.watchers:
-            keep = seen.valid.scatter(2, rows[..., None], False)
+    def _drop(self, layer: int, seen: Seen, drop: Tensor) -> None:
+        """Drop the rows of a mask at a step: as many rows move, and no page does."""
+        gone = int(drop.sum())
+        if gone:
             for watch in self.watchers:
-                watch(layer, seen, keep)
-        self.heads.forget(layer, rows)
-        self._states[layer].evicted += rows.numel()
+                watch(layer, seen, seen.valid & ~drop)
+            self.heads.forget(layer, drop)
+            self._states[layer].evicted += gone
 
     def _keep(self, layer: int, seen: Seen, mask: Tensor) -> None:
         """Keep the rows of a mask and give the pages of the others back."""

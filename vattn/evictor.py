@@ -57,10 +57,13 @@ class Seen:
         scale: of the scores of attention.
         query: [B, Hq, R, D], the last R queries, as many as the evictor asked for (`rows`); None
             between prompts.
-        fresh: rows of each range that this prompt brought.
+        fresh: tokens that this call brought.
+        draft: of these, tokens that may yet be taken back: all but the first of a step of several
+            (speculative decoding). They are held beyond the budget meanwhile.
         output: [model width, Hq * D], the weight behind attention, for evictors that ask for it.
         hidden: [B, n', width], the input of this layer's attention for the prompt, likewise.
         sequence: place in the batch of the first of the B sequences, see `alone`.
+        log_weight: [B, H, n] float32, log of how many tokens each row stands for; None: one each.
     """
 
     layer: int
@@ -74,9 +77,11 @@ class Seen:
     scale: float
     query: Tensor | None = None
     fresh: int = 0
+    draft: int = 0
     output: Tensor | None = None
     hidden: Tensor | None = None
     sequence: int = 0
+    log_weight: Tensor | None = None
     gather: Callable[[int], Tensor] | None = None  # K (0) or V (1) as [B, H, n, D]
 
     @cached_property
@@ -99,14 +104,16 @@ class Seen:
 
     @cached_property
     def age(self) -> Tensor:
-        """[B, H, n] int64: tokens of the text since each row's, 0 for the newest."""
-        return self.tokens[:, None, None] - 1 - self.positions
+        """[B, H, n] int64: tokens of the text since each row's; 0 for the newest that will not be
+        taken back, negative behind it."""
+        return self.tokens[:, None, None] - 1 - self.draft - self.positions
 
-    def alone(self, b: int) -> Seen:
-        """One sequence of the batch, as a run of it alone would see it; ``query`` is left out."""
+    def alone(self, b: int, fresh: int) -> Seen:
+        """One sequence of the batch, as a run of it alone would see it, with the tokens that it got
+        of this call; ``query`` is left out."""
         heads, kv = self.counts.shape[1], self.kv
         ranges, one = slice(b * heads, (b + 1) * heads), slice(b, b + 1)
-        longest, fresh = int(self.counts[b].max()), min(self.fresh, int(self.tokens[b]))
+        longest, logs = int(self.counts[b].max()), self.log_weight
         assert kv.lengths is not None
         assert kv.slots is not None
         return replace(
@@ -121,13 +128,14 @@ class Seen:
             fresh=fresh,
             sequence=self.sequence + b,
             hidden=None if self.hidden is None else self.hidden[one, -fresh:],
+            log_weight=None if logs is None else logs[one, :, :longest],
             gather=lambda side: (self.values if side else self.keys)[one, :, :longest],
         )
 
     def columns(self, rows: int = ALL_ROWS) -> Columns:
         """Sums of attention over the last ``rows`` queries: total, square [B, H, G, n], entropy
         [B, H, G], with G query heads of a KV head. See `kernels.columns`."""
-        found = columns(self._rows(rows), self.kv, scale=self.scale)
+        found = columns(self._rows(rows), self.kv, scale=self.scale, bias=self._bias)
         shape = self.counts.shape
         total, square = (x.unflatten(0, shape) for x in (found.total, found.square))
         return Columns(total, square, found.entropy.unflatten(0, shape), found.rows)
@@ -137,9 +145,14 @@ class Seen:
         [B, H, G, r, n] float32, -inf where a query sees nothing."""
         query = self._rows(rows)
         first = self.tokens - query.shape[2]
-        for start, block in logits(query, self.kv, scale=self.scale):
+        for start, block in logits(query, self.kv, scale=self.scale, bias=self._bias):
             at = torch.arange(start, start + block.shape[2], device=block.device)
             yield first[:, None] + at, block.unflatten(0, self.counts.shape)
+
+    @property
+    def _bias(self) -> Tensor | None:
+        """The weights' logs as `logits` takes them, [B * H, 1, n]."""
+        return None if self.log_weight is None else self.log_weight.flatten(0, 1)[:, None]
 
     def _rows(self, rows: int) -> Tensor:
         if self.query is None:
@@ -269,16 +282,24 @@ class Evictor:
 
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
         """Which rows are kept, [B, H, n] bool: those in any case, and of the others the best. Ties:
-        the lowest row."""
-        ranked = score.masked_fill(self.forced(seen), BEST).masked_fill(~seen.valid, EMPTY)
+        the lowest row. Where more is to be kept in any case than the budget holds, the newest."""
+        forced = self.forced(seen) & seen.valid
+        if bool((forced.sum(-1) > budgets).any()):
+            forced &= best(seen.positions.float().masked_fill(~forced, EMPTY), budgets)
+        ranked = score.masked_fill(forced, BEST).masked_fill(~seen.valid, EMPTY)
         return best(ranked, budgets) & seen.valid
 
     def worst(self, score: Tensor, seen: Seen) -> Tensor:
         """The row that each head drops where it drops one, [B, H]: the least of the others; of
-        equals the last."""
+        equals the last. Where all are to be kept in any case, the oldest."""
         ranked = score.masked_fill(self.forced(seen) | ~seen.valid, BEST)
-        last = ranked.shape[-1] - 1
-        return last - ranked.flip(-1).argmin(-1)
+        least, found = ranked.flip(-1).min(-1)
+        found = ranked.shape[-1] - 1 - found
+        if not bool((least == BEST).any()):
+            return found
+        newest = torch.iinfo(torch.int64).max
+        oldest = seen.positions.masked_fill(~seen.valid, newest).argmin(-1)
+        return oldest.where(least == BEST, found)
 
     def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """New K and V of the rows of ``keep`` [B, H, n], where what goes is merged into what stays:

@@ -10,6 +10,9 @@ Kernels see a batch of ``batch * kv_heads`` sequences with one KV head each: not
 know about eviction. `keep` closes the gaps and gives the pages behind back; the addresses stay.
 Beside K and V lies for each row where its token stood in the text (``positions``), and whatever
 else a policy tracks (`Track`): what is kept of K is kept of these.
+
+On a device a page is 2 MiB, 8,192 rows of 128 numbers in bfloat16: what is shorter returns nothing
+there, and takes two pages a head and layer. Ranges of several heads are not there yet.
 """
 
 from __future__ import annotations
@@ -60,6 +63,10 @@ class Track:
     def keep(self, rows: Tensor) -> None:
         """Rows [batch, kv_heads, m] become the first m; what lies behind is 0."""
         self._rows = self._rows.gather(2, rows)
+
+    def move(self, sequence: Tensor, head: Tensor, row: Tensor, source: Tensor) -> None:
+        """The number of row ``source`` goes to ``row``, of each sequence and head."""
+        self._rows[sequence, head, row] = self._rows[sequence, head, source]
 
     def clear_behind(self, counts: Tensor) -> None:
         """Numbers of rows from ``counts`` [batch, kv_heads] on become 0."""
@@ -173,29 +180,28 @@ class HeadCache:
                 f"{tuple(k.shape)} and {tuple(v.shape)}"
             )
         new = k.shape[2]
-        before = self.lengths(layer)
-        if counts is None or bool((counts == new).all()):
+        before = self.counts(layer)
+        added = np.full(self.batch, new) if counts is None else np.asarray(counts)
+        wrong = added.shape != (self.batch,) or added.dtype.kind not in "iu"
+        if wrong or added.min() < 0 or added.max() > new:
+            raise LayoutError(f"counts must be {self.batch} ints from 0 to {new}, got {counts}")
+        if bool((added == new).all()):
             self.cache.append(0, k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], ranges)
-            added = np.full(self.batch, new, np.int64)
         else:
-            added = np.asarray(counts, np.int64)
-            if added.shape != (self.batch,) or added.min() < 0 or added.max() > new:
-                raise LayoutError(f"counts must be {self.batch} ints from 0 to {new}, got {counts}")
             keys, values = (
                 torch.cat([x[b, :, new - n :].flatten(0, 1) for b, n in enumerate(added.tolist())])
                 for x in (k, v)
             )
             each = np.repeat(added, self.kv_heads).tolist()
             self.cache.append(0, keys[None], values[None], ranges, counts=each)
-        positions, start = self.positions(layer), self.tokens[layer]
-        if int(before.min()) == int(before.max()) and int(added.min()) == new:
-            at = torch.from_numpy(start).to(self.device)[:, None, None]
-            positions[:, :, int(before[0, 0]) :] = at + torch.arange(new, device=self.device)
-        else:
-            for b, n in enumerate(added.tolist()):
-                line = torch.arange(start[b], start[b] + n, device=self.device)
-                for h in range(self.kv_heads):
-                    positions[b, h, before[b, h] : before[b, h] + n] = line
+        # Token i of a call is padding, or the one so many behind what there is.
+        behind = torch.arange(new, device=self.device) - torch.from_numpy(new - added)[:, None].to(
+            self.device
+        )
+        sequence, head, i = (behind >= 0)[:, None].expand(-1, self.kv_heads, -1).nonzero().T
+        start, step = torch.from_numpy(self.tokens[layer]).to(self.device), behind[sequence, i]
+        positions = self.positions(layer)
+        positions[sequence, head, before[sequence, head] + step] = start[sequence] + step
         self.tokens[layer] += added
 
     # ---- reading -------------------------------------------------------------------------------
@@ -219,6 +225,11 @@ class HeadCache:
             ranges = self._of(layer)
             k, v = self._places
             lengths = self.cache.lengths[ranges.slots, 0]
+            if int(lengths.min()) < query.shape[2]:
+                raise LayoutError(
+                    f"a range of layer {layer} holds {lengths.min()} rows: fewer than the "
+                    f"{query.shape[2]} queries, which are its last tokens"
+                )
             places = stream.Rows(
                 k[ranges.slots], v[ranges.slots], lengths, 1, 0, self.layout.row_bytes, keep=self
             )
@@ -260,19 +271,23 @@ class HeadCache:
     # ---- shrinking -----------------------------------------------------------------------------
     def keep(self, layer: int, rows: Tensor, counts: Tensor) -> None:
         """Keep of each range the rows [batch, kv_heads, m] (int64, ascending, the first ``counts``
-        [batch, kv_heads] of them), close the gaps, and give the pages behind back.
+        [batch, kv_heads] of them) and close the gaps; `release` gives the pages behind back. Pages
+        that another sequence shares are copied first.
 
         Raises:
-            KeepError: rows that do not ascend or are not there. Nothing has changed.
+            KeepError: rows that do not ascend or are not there. OutOfPages, MapLimitError,
+            DriverError: a shared page cannot be copied. Nothing has changed.
         """
         ranges = self._of(layer)
+        self.cache.unshare(ranges)
         try:
             compact(self.kv(layer), rows.flatten(0, 1)[:, None], counts.view(-1, 1))
         except ValueError as error:
             raise KeepError(str(error)) from error
+        longest = int(self.lengths(layer).max())
         for track in self.tracks[layer].values():
-            track.get(int(self.lengths(layer).max()))
-            track.keep(rows)
+            track.get(longest)
+            track.keep(rows.clamp(0, max(0, longest - 1)))
             track.clear_behind(counts)
         self.cache.truncate_batch(ranges, counts.flatten().cpu().numpy())
 
@@ -290,36 +305,57 @@ class HeadCache:
                 self._key[slots[b, h], 0, :count] = k[b, h, of].to(self.dtype)
                 self._value[slots[b, h], 0, :count] = v[b, h, of].to(self.dtype)
         if logs is not None:
-            self.track(layer, "log_weight").copy_(logs.gather(2, rows))
+            behind = torch.arange(rows.shape[2], device=rows.device) >= counts[..., None]
+            self.track(layer, "log_weight").copy_(logs.gather(2, rows).masked_fill(behind, 0.0))
 
-    def forget(self, layer: int, rows: Tensor) -> None:
-        """Drop one row of every range, rows [batch, kv_heads]: the last takes its place. What a
-        decode step does at its budget: two rows moved a range, no page mapped or unmapped.
+    def forget(self, layer: int, drop: Tensor) -> None:
+        """Drop the rows of a mask [batch, kv_heads, n]: the last rows take their places. What a
+        decode step does at its budget: as many rows move as go, and no page is mapped or unmapped,
+        but for copies of pages that another sequence shares.
 
         Raises:
-            KeepError: a range holds no such row. Nothing has changed.
+            KeepError: the mask names rows that a range does not hold. OutOfPages, MapLimitError,
+            DriverError: a shared page cannot be copied. Nothing has changed.
         """
-        ranges, last = self._of(layer), self.counts(layer) - 1
-        if rows.shape != last.shape or bool(((rows < 0) | (rows > last)).any()):
-            raise KeepError(f"rows {rows.tolist()} to forget are not all in 0..{last.tolist()}")
-        slots = torch.from_numpy(ranges.slots).to(self.device)
-        at, end = rows.flatten(), last.flatten()
+        ranges, counts = self._of(layer), self.counts(layer)
+        at = torch.arange(drop.shape[2], device=self.device)
+        if drop.shape != (*counts.shape, int(counts.max())) or bool(
+            (drop & (at >= counts[..., None])).any()
+        ):
+            raise KeepError(
+                f"rows to forget are a mask of {(*counts.shape, int(counts.max()))} within "
+                f"{counts.tolist()}, got {tuple(drop.shape)}"
+            )
+        self.cache.unshare(ranges)
+        left = counts - drop.sum(-1)
+        # As many rows stay behind the new end as go before it; both in ascending order.
+        sequence, head, row = (drop & (at < left[..., None])).nonzero().T
+        stays = ~drop & (at >= left[..., None]) & (at < counts[..., None])
+        source = stays.nonzero()[:, 2]
+        slots = torch.from_numpy(ranges.slots).to(self.device).view(counts.shape)[sequence, head]
         for side in (self._key, self._value):
-            side[slots, 0, at] = side[slots, 0, end]
+            side[slots, 0, row] = side[slots, 0, source]
         for track in self.tracks[layer].values():
-            values = track.get(int(end.max()) + 1)
-            values.scatter_(2, rows[..., None], values.gather(2, last[..., None]))
-            values.scatter_(2, last[..., None], 0)
-        self.cache.truncate_batch(ranges, end.cpu().numpy())
+            track.get(drop.shape[2])
+            track.move(sequence, head, row, source)
+            track.clear_behind(left)
+        self.cache.truncate_batch(ranges, left.flatten().cpu().numpy())
 
     def crop(self, layer: int, tokens: int) -> None:
         """Forget the last ``tokens`` tokens of the text (speculative rollback), those of them that
-        are still held; what was evicted stays evicted."""
+        are still held; what was evicted stays evicted.
+
+        Raises:
+            KeepError: negative, or more than a sequence has seen. Otherwise as `forget`; nothing
+            has changed.
+        """
+        seen = int(self.tokens[layer].min())
+        if not 0 <= tokens <= seen:
+            raise KeepError(f"cannot crop {tokens} tokens: a sequence has seen {seen}")
         first = torch.from_numpy(self.tokens[layer] - tokens).to(self.device)[:, None, None]
         counts, positions = self.counts(layer), self.positions(layer)
         at = torch.arange(positions.shape[2], device=self.device)
-        stays = (positions < first) & (at < counts[..., None])
-        self.keep(layer, *as_rows(stays))
+        self.forget(layer, (positions >= first) & (at < counts[..., None]))
         self.tokens[layer] -= tokens
 
     def clear(self, layer: int) -> None:

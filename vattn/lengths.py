@@ -175,8 +175,10 @@ class Lengths:
         self.tokens[slot] = self.lengths[slot].max()
         self.promised[slot] = 0
 
-    def shorten(self, batch: Batch, tokens: Ints) -> None:
+    def shorten(self, batch: Batch, tokens: int | Ints) -> None:
         """See `KVCache.truncate_batch`."""
+        counts = self.check_tokens(tokens, len(batch.slots))
+        tokens = np.broadcast_to(np.asarray(counts), (len(batch.slots),))
         held, first = self.lengths[batch.pick], self.starts[batch.pick].max(axis=1)
         wrong = ((tokens < first) | (tokens > held.max(axis=1))).nonzero()[0]
         if len(wrong):

@@ -12,6 +12,7 @@ from torch import Tensor
 from vattn.evictor import Evictor, EvictorError, Seen, Step, best
 from vattn.selector import Caps
 
+LEAST = 1e-30  # of a preference: layers that want nothing share what the others leave
 CLOSE = 1e-6  # what rounding may add to a budget
 
 
@@ -117,8 +118,8 @@ def smoothed(scores: Tensor, positions: Tensor, valid: Tensor, kernel: int) -> T
 def poured(preferences: Tensor, amount: Tensor, room: Tensor) -> Tensor:
     """``amount`` [B] shared by layers as they prefer [l, B], none with more than ``room`` [B]; what
     one cannot take the others share. More layers never give one of them more."""
-    least = preferences.amax(0) * 1e-12
-    wish = torch.maximum(preferences, torch.where(least > 0, least, 1.0))
+    # A floor of its own, whatever the others prefer: layers to come must not raise it.
+    wish = preferences.clamp_min(LEAST)
     full = torch.zeros_like(wish, dtype=torch.bool)
     while True:
         left = (amount - (full * room).sum(0)).clamp_min(0)

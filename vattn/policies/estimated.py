@@ -41,14 +41,18 @@ class Estimated(Selector):
 
     def parts(self, head_dim: int) -> tuple[Part, ...]:
         codes = (Part(p.width * self.page_tokens, p.dtype) for p in self.code.parts(head_dim))
-        return *codes, Part(head_dim, torch.float16)
+        return *codes, Part(head_dim, torch.bfloat16)  # V may be larger than a float16
 
     def summarise(self, layer: int, keys: Tensor) -> tuple[Tensor, ...]:
         codes = self.code.summarise(layer, keys.flatten(1, 2)[:, :, None])
         return tuple(part.unflatten(1, keys.shape[1:3]).flatten(2) for part in codes)
 
     def summarise_values(self, layer: int, values: Tensor) -> tuple[Tensor, ...]:
-        return (values.float().mean(2).half(),)
+        return (values.float().mean(2).bfloat16(),)
+
+    def forced_pages(self, query_tokens: int) -> tuple[int, int]:
+        first, last = super().forced_pages(query_tokens)
+        return max(1, first), last  # padding ends within the first one: its mean is not V's alone
 
     def select(self, query: Tensor, look: Look) -> Selection | None:
         if self.reads_all(look):
@@ -64,7 +68,8 @@ class Estimated(Selector):
         unread = (at >= coded) | (at < start)
         scores.masked_fill_(unread[:, None, None], EMPTY)
         recent = end - (self.recent_tokens + length - 1)
-        forced = (at < start + self.sink_tokens) | (at >= recent) | (at >= coded)
+        mixed = -(-start // self.page_tokens) * self.page_tokens
+        forced = (at < mixed) | (at < start + self.sink_tokens) | (at >= recent) | (at >= coded)
         joined = self.joined(scores).masked_fill(forced[:, None], choose.FORCED)
         joined.masked_fill_(((at < start) | (at >= end))[:, None], EMPTY)
         ids, count = choose.top_k(joined, self.budget_tokens)
