@@ -43,6 +43,7 @@ class State:
 
     prompt: Tensor  # [B] tokens of the text when the last prompt ended
     fresh: Tensor  # [B] tokens of the last `append`
+    given: int = 0  # its rows, padding among them
     steps: int = 0
     evicted: int = 0
     budgets: Tensor | None = None  # [B, H], of an evictor that cascades
@@ -123,6 +124,7 @@ class Eviction:
                 "and a decode step all of them"
             )
         self.heads.append(layer, k, v, counts)
+        self._states[layer].given = new
         self._states[layer].fresh = torch.from_numpy(added.astype(np.int64)).to(self.heads.device)
 
     def attend(
@@ -146,6 +148,11 @@ class Eviction:
         length = query.shape[2]
         factor = query.shape[3] ** -0.5 if scale is None else float(scale)
         prompt = self._is_prompt(layer, length)
+        if state.given < length:
+            raise LayoutError(
+                f"layer {layer} got {state.given} rows and {length} queries: append first, through "
+                "this Eviction"
+            )
         lse = None
         if attended is None:
             if length > int(heads.tokens[layer].min()):
@@ -266,14 +273,13 @@ class Eviction:
             return
         scores = evictor.rescore(seen)
         if type(evictor).choose is Evictor.choose and bool((excess == 1).all()):
-            row = evictor.worst(scores, seen)[..., None]
-            self._drop(layer, seen, torch.zeros_like(seen.valid).scatter_(2, row, True))
+            self._drop_one(layer, seen, evictor.worst(scores, seen))
             return
         mask = evictor.choose(scores, seen, budgets)
-        if type(evictor).merged is Evictor.merged:
-            self._drop(layer, seen, seen.valid & ~mask)
-        else:
+        if evictor.merges:
             self._keep(layer, seen, mask)
+        else:
+            self._drop(layer, seen, seen.valid & ~mask)
 
     def _observe(self, query: Tensor, layer: int, scale: float, lse: Tensor | None) -> None:
         """Let the evictor see the attention of a decode step."""
@@ -334,6 +340,15 @@ class Eviction:
             gather=gather,
         )
 
+    def _drop_one(self, layer: int, seen: Seen, rows: Tensor) -> None:
+        """Drop one row of every head."""
+        if self.watchers:
+            keep = seen.valid.scatter(2, rows[..., None], False)
+            for watch in self.watchers:
+                watch(layer, seen, keep)
+        self.heads.forget_one(layer, rows)
+        self._states[layer].evicted += rows.numel()
+
     def _drop(self, layer: int, seen: Seen, drop: Tensor) -> None:
         """Drop the rows of a mask at a step: as many rows move, and no page does."""
         gone = int(drop.sum())
@@ -349,7 +364,9 @@ class Eviction:
         gone = int(seen.counts.sum()) - int(mask.sum())
         if not gone:
             return
-        merged = self.evictor.merged(seen, mask)
+        merged = self.evictor.merged(seen, mask) if self.evictor.merges else None
+        if merged is not None:  # it may be views of rows that are about to move
+            merged = (merged[0].clone(), merged[1].clone(), merged[2])
         for watch in self.watchers:
             watch(layer, seen, mask)
         rows, counts = as_rows(mask)

@@ -221,6 +221,7 @@ class Evictor:
     cascades: ClassVar[bool] = False  # a layer's budget follows from all layers so far
     joint: ClassVar[bool] = False  # decides for all layers after the last one
     adaptive: ClassVar[bool] = False  # has no budget: what it keeps follows from the scores
+    merges: ClassVar[bool] = False  # what it drops goes into what it keeps: see `merged`
 
     def __post_init__(self) -> None:
         share = isinstance(self.budget, float) and 0 < self.budget <= 1

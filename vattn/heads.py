@@ -68,6 +68,12 @@ class Track:
         """The number of row ``source`` goes to ``row``, of each sequence and head."""
         self._rows[sequence, head, row] = self._rows[sequence, head, source]
 
+    def swap(self, rows: Tensor, last: Tensor) -> None:
+        """The number of the ``last`` row [batch, kv_heads] goes to ``rows``; behind is 0."""
+        values = self._rows
+        values.scatter_(2, rows[..., None], values.gather(2, last[..., None]))
+        values.scatter_(2, last[..., None], 0)
+
     def clear_behind(self, counts: Tensor) -> None:
         """Numbers of rows from ``counts`` [batch, kv_heads] on become 0."""
         at = torch.arange(self._rows.shape[2], device=self._rows.device)
@@ -307,6 +313,24 @@ class HeadCache:
         if logs is not None:
             behind = torch.arange(rows.shape[2], device=rows.device) >= counts[..., None]
             self.track(layer, "log_weight").copy_(logs.gather(2, rows).masked_fill(behind, 0.0))
+
+    def forget_one(self, layer: int, rows: Tensor) -> None:
+        """`forget` one row of every range, rows [batch, kv_heads] int64: the usual step.
+
+        Raises:
+            KeepError: a range holds no such row. Otherwise as `forget`.
+        """
+        ranges, last = self._of(layer), self.counts(layer) - 1
+        if rows.shape != last.shape or bool(((rows < 0) | (rows > last)).any()):
+            raise KeepError(f"rows {rows.tolist()} to forget are not all in 0..{last.tolist()}")
+        self.cache.unshare(ranges)
+        slots = torch.from_numpy(ranges.slots).to(self.device)
+        at, end = rows.flatten(), last.flatten()
+        for side in (self._key, self._value):
+            side[slots, 0, at] = side[slots, 0, end]
+        for track in self.tracks[layer].values():
+            track.swap(rows, last)
+        self.cache.truncate_batch(ranges, end.cpu().numpy())
 
     def forget(self, layer: int, drop: Tensor) -> None:
         """Drop the rows of a mask [batch, kv_heads, n]: the last rows take their places. What a

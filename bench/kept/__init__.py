@@ -1,0 +1,1 @@
+"""Models over a cache that forgets: a runner, what it is asked, and every eviction policy."""
