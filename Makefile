@@ -23,8 +23,9 @@ demo: .venv/run.stamp
 test: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile; tests=$$?; \
+	wait $$types && exit $$tests
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m bench all --quick
@@ -52,12 +53,12 @@ types: .venv/dev.stamp
 
 .venv/run.stamp: pyproject.toml $(PINS) | .venv/bin/python
 	@echo 'setting up .venv: torch is most of it, so the first time takes a few minutes'
-	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[hf,cli,plot,cpu]'
+	$(BIN)/python -m pip install --quiet --no-compile -c $(PINS) -e '.[hf,cli,plot,cpu]'
 	touch $@
 
 .venv/dev.stamp: pyproject.toml $(PINS) | .venv/bin/python
 	@echo 'setting up .venv: torch is most of it, so the first time takes a few minutes'
-	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[hf,cli,plot,cpu,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c $(PINS) -e '.[hf,cli,plot,cpu,dev]'
 	touch $@ .venv/run.stamp
 
 # Some systems ship Python without ensurepip: their pip fills the environment from outside.

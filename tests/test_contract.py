@@ -57,7 +57,7 @@ def test_kernels_by_name_give_torchs_values(forced: Forced, probes):
 def test_right_implementations_pass(name: str, probes):
     """The tolerance is fair: to torch itself, and to a blockwise kernel with rounded weights."""
     chosen = [p for p in probes if (p.family == "grid") is (name != "identity")]
-    chosen = [p for p in chosen if p.check not in (*SLOW, "parallel")]
+    chosen = [p for p in chosen if p.check not in (*SLOW, "parallel")][::2]
     report = examine(HONEST[name], chosen, SEED)
     assert not report.differences, report.digest()
 

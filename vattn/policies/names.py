@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 import vattn.policies
-from vattn.policies import Graded, Landmark, Nibbles, Quest, Sampled, TwoStage
+from vattn.policies import Estimated, Graded, Landmark, Nibbles, Quest, Sampled, TwoStage
 from vattn.selector import Selector, SelectorError
 
 
@@ -53,6 +53,8 @@ def _parts_of(kind: type[Selector], budget_tokens: int) -> dict[str, Any]:
         return {"base": Nibbles(budget_tokens=budget_tokens // 2)}
     if issubclass(kind, TwoStage):
         return {"base": Quest(budget_tokens=4 * budget_tokens)}
+    if kind is Estimated:  # pages that leave most of the budget to choose
+        return {"page_tokens": min(64, 1 << max(0, (budget_tokens // 8).bit_length() - 1))}
     if kind is Landmark:
         return {"outliers": min(48, budget_tokens // 32)}
     return {}
