@@ -22,7 +22,7 @@ from vattn.evictor import Evictor
 from vattn.heads import HeadCache
 
 # New tokens at a time: a step that drops one, one that drops several, and a further prompt.
-FRESH = [1, 3, 20]
+FRESH = [1, 3]
 BUDGET = 40
 Score = Callable[[Text, Call], Tensor]
 

@@ -58,7 +58,7 @@ def test_a_flawed_backend_is_seen(verb: str) -> None:
                 super().destroy(page, count)
 
         def map(self, address: int, page: int, count: int) -> None:
-            if verb == "wrong page" and page % 5 == 4:
+            if verb == "wrong page" and page % 2 == 1:
                 page -= 1  # the neighbour's bytes
             super().map(address, page, count)
 
@@ -66,7 +66,8 @@ def test_a_flawed_backend_is_seen(verb: str) -> None:
             if verb != "late copy":
                 super().duplicate(source, target, nbytes)
 
-    machine = state_machine(lambda: Flawed(4096), examples=100, steps=30)
-    short = settings(machine.TestCase.settings, phases=[Phase.generate])  # shrinking is slow
+    machine = state_machine(lambda: Flawed(4096), examples=400, steps=30)
+    # Shrinking is slow; and what is seen once is seen always.
+    short = settings(machine.TestCase.settings, phases=[Phase.generate], derandomize=True)
     with pytest.raises((AssertionError, BaseExceptionGroup)):
         run_state_machine_as_test(machine, settings=short)
