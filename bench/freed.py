@@ -33,7 +33,8 @@ from bench.kept.roster import Facts, Grain, kinds, roster
 from bench.timing import Sample, quiet_gc
 from vattn.eviction import Eviction
 from vattn.evictor import Evictor
-from vattn.heads import HeadCache, as_rows
+from vattn.heads import HeadCache
+from vattn.kernels.compact import as_rows
 
 HEADS, KV_HEADS, DIM, WIDTH = 32, 8, 128, 256
 ROW_BYTES = 2 * DIM * 2  # K and V of a token and KV head

@@ -75,3 +75,15 @@ def check(kv: KV, kept: Tensor, count: Tensor) -> None:
     falls[..., 1:] = kept[..., 1:] <= kept[..., :-1]
     if bool(((beyond | falls) & inside).any()):
         raise ValueError("kept rows must ascend, without repetition, below each sequence's length")
+
+
+def as_rows(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """What a mask [B, Hkv, n] keeps, as `compact` takes it: ascending rows [B, Hkv, m] int64,
+    filled up with 0, and how many [B, Hkv]."""
+    counts = keep.sum(-1)
+    # A stable sort of "not kept" puts the kept rows first, in order.
+    order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
+    longest = int(counts.max())
+    rows = order[..., :longest]
+    at = torch.arange(longest, device=keep.device)
+    return rows.masked_fill(at >= counts[..., None], 0), counts

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tests.attention import fresh_seed
 from vattn.allocator.errors import OutOfPages, OutOfRange
-from vattn.heads import HeadCache, KeepError, as_rows
+from vattn.heads import HeadCache, KeepError
 from vattn.heads_order import reorder
+from vattn.kernels.compact import as_rows
 from vattn.kernels.contract import EMPTY
 from vattn.layout import LayoutError
 

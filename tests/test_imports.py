@@ -40,6 +40,7 @@ ROWS = [
         "rows",
         "sequence",
         "slots",
+        "track",
         "usage",
     },
     {"device", "tensor", "layout", "shape"},

@@ -399,26 +399,17 @@ class KVCache:
             OutOfRange: negative, more than there are, or before what a window released.
             OutOfPages, MapLimitError, DriverError: nothing changed.
         """
-        slot = self._slot(sequence)
-        which = self._which(layer)
-        self._frontiers.truncate(sequence, which, tokens)
-        self.versions[slot] += 1
-        for follower in self.followers:
-            follower.shrunk(np.array([slot]), which, tokens)
+        self._truncate(self.batch([sequence]), self._which(layer), np.array([tokens]))
 
     def truncate_batch(self, sequences: Seq[Sequence] | Batch, tokens: Ints) -> None:
         """`truncate` of several sequences in every layer, each to a length of its own.
 
         Raises:
-            OutOfRange: a length is negative, more than there are, or before what a window released.
-            LayoutError: not one length for each sequence. Nothing has changed.
+            LayoutError: not one length for each sequence. Otherwise as `truncate`; nothing changed.
         """
         batch = self.batch(sequences)
-        self._frontiers.shorten(batch, tokens)
-        self.versions[batch.slots] += 1
-        for follower in self.followers:
-            for slot, count in zip(batch.slots, self.tokens[batch.slots].tolist(), strict=True):
-                follower.shrunk(np.array([slot]), slice(None), count)
+        counts = self._frontiers.check_tokens(tokens, len(batch.slots))
+        self._truncate(batch, slice(None), np.broadcast_to(counts, len(batch.slots)))
 
     def unshare(self, sequences: Seq[Sequence] | Batch) -> None:
         """Copy the pages that these sequences share with others: all rows may then be written.
@@ -640,6 +631,13 @@ class KVCache:
             raise LayoutError(f"{sequence!r} belongs to another cache")
         sequence.check_open()
         return sequence.slot
+
+    def _truncate(self, batch: Batch, which: slice, tokens: Ints) -> None:
+        self._frontiers.truncate(batch, which, tokens)
+        self.versions[batch.slots] += 1
+        for follower in self.followers:
+            for slot, count in zip(batch.slots, tokens.tolist(), strict=True):
+                follower.shrunk(np.array([slot]), which, count)
 
     def _alias(self, source: Sequence, target: Sequence, tokens: int) -> None:
         full, tail = self.layout.split(tokens)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from .batch import Ints
 from .evictor import Evictor, EvictorError, Kept, Seen, Step
-from .heads import HeadCache, as_rows
+from .heads import HeadCache
 from .kernels import score as scoring
 from .kernels.columns import padded
+from .kernels.compact import as_rows
 from .kernels.contract import EMPTY
 from .kernels.index import Index
 from .kernels.kv import MOST_TOKENS
@@ -293,8 +294,9 @@ class Eviction:
             assert kv.lengths is not None
             last = (kv.lengths[:, None] - length + row)[..., None]
             found.masked_fill_(torch.arange(longest, device=found.device) > last, EMPTY)
-        if "log_weight" in heads.tracks[layer]:
-            found += heads.track(layer, "log_weight").flatten(0, 1)[:, None]
+        logs = heads.log_weights(layer)
+        if logs is not None:
+            found += logs.flatten(0, 1)[:, None]
         if lse is None:
             sums = found.logsumexp(-1)
         else:
@@ -305,7 +307,7 @@ class Eviction:
             sums.unflatten(0, shape),
             heads.positions(layer),
             heads.counts(layer),
-            torch.from_numpy(heads.tokens[layer]).to(heads.device),
+            self._tokens(layer),
             length,
             state.steps - 1,
             layer,
@@ -328,15 +330,13 @@ class Eviction:
             heads.layers,
             heads.positions(layer),
             heads.counts(layer),
-            torch.from_numpy(heads.tokens[layer].copy()).to(heads.device),
+            self._tokens(layer),
             self.evictor.target(self._states[layer].prompt),
             heads.track(layer, SCORE),
             kv,
             scale,
             output=None if self.outputs is None else self.outputs[layer],
-            log_weight=(
-                heads.track(layer, "log_weight") if "log_weight" in heads.tracks[layer] else None
-            ),
+            log_weight=heads.log_weights(layer),
             gather=gather,
         )
 

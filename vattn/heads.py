@@ -34,50 +34,14 @@ from .kernels.contract import plain_rows
 from .kernels.kv import KV
 from .kernels.selection import Selection
 from .layout import Layout, LayoutError
+from .track import Track
 from .usage import Usage
+
+WEIGHTS = "log_weight"  # of the tracks
 
 
 class KeepError(VattnError, ValueError):
     """Rows to keep that a head does not hold."""
-
-
-class Track:
-    """A number for each row of each range of a layer: [batch, kv_heads, n], growing at its end.
-
-    Ordinary tensors even where they are made under inference_mode: later steps write to them.
-    """
-
-    def __init__(self, batch: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._rows = torch.zeros(batch, kv_heads, 0, dtype=dtype, device=device)
-
-    @torch.inference_mode(False)
-    def get(self, longest: int) -> Tensor:
-        """The first ``longest`` numbers of each range; 0 where none was set. A view to write to."""
-        have = self._rows.shape[2]
-        if have < longest:
-            more = max(longest - have, have // 2)
-            self._rows = torch.nn.functional.pad(self._rows, (0, more))
-        return self._rows[:, :, :longest]
-
-    @torch.inference_mode(False)
-    def keep(self, rows: Tensor) -> None:
-        """Rows [batch, kv_heads, m] become the first m; what lies behind is 0."""
-        self._rows = self._rows.gather(2, rows)
-
-    def move(self, sequence: Tensor, head: Tensor, row: Tensor, source: Tensor) -> None:
-        """The number of row ``source`` goes to ``row``, of each sequence and head."""
-        self._rows[sequence, head, row] = self._rows[sequence, head, source]
-
-    def swap(self, rows: Tensor, last: Tensor) -> None:
-        """The number of the ``last`` row [batch, kv_heads] goes to ``rows``; behind is 0."""
-        values = self._rows
-        values.scatter_(2, rows[..., None], values.gather(2, last[..., None]))
-        values.scatter_(2, last[..., None], 0)
-
-    def clear_behind(self, counts: Tensor) -> None:
-        """Numbers of rows from ``counts`` [batch, kv_heads] on become 0."""
-        at = torch.arange(self._rows.shape[2], device=self._rows.device)
-        self._rows.masked_fill_(at >= counts[..., None], 0)
 
 
 class HeadCache:
@@ -158,6 +122,10 @@ class HeadCache:
         number behind a range's length."""
         return self.track(layer, "position", torch.int64)
 
+    def log_weights(self, layer: int) -> Tensor | None:
+        """Log of how many tokens each row stands for, [batch, kv_heads, n]; None: one each."""
+        return self.track(layer, WEIGHTS) if WEIGHTS in self.tracks[layer] else None
+
     def kv(self, layer: int) -> KV:
         """The ranges of a layer as kernels see them: batch * kv_heads sequences of one KV head. For
         use within one call."""
@@ -221,8 +189,9 @@ class HeadCache:
             LayoutError: the query does not suit the cache.
         """
         rows = self.rows_of(query)
-        if "log_weight" in self.tracks[layer]:
-            out, lse = self._attend_weighted(rows, layer, scale)
+        logs = self.log_weights(layer)
+        if logs is not None:
+            out, lse = self._attend_weighted(rows, layer, scale, logs)
         elif (
             rows.is_cpu
             and rows.shape[1] * rows.shape[2] <= ragged.STREAM_ROWS
@@ -263,12 +232,11 @@ class HeadCache:
         return query.unflatten(1, (self.kv_heads, -1)).flatten(0, 1)
 
     def _attend_weighted(
-        self, rows: Tensor, layer: int, scale: float | None
+        self, rows: Tensor, layer: int, scale: float | None, logs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Each row counts as often as its weight says (merged tokens): its log joins the score."""
-        kv, longest = self.kv(layer), int(self.lengths(layer).max())
-        ids = torch.arange(longest, dtype=torch.int32, device=self.device)
-        logs = self.track(layer, "log_weight").flatten(0, 1)[:, None]
+        kv, logs = self.kv(layer), logs.flatten(0, 1)[:, None]
+        ids = torch.arange(logs.shape[2], dtype=torch.int32, device=self.device)
         assert kv.lengths is not None
         count = kv.lengths.to(torch.int32)[:, None]
         chosen = Selection(ids.expand(len(rows), 1, -1).contiguous(), count, 1, logs.contiguous())
@@ -303,16 +271,13 @@ class HeadCache:
         """After `keep`: the rows kept hold what k and v [batch, kv_heads, n, head_dim] have in the
         places they came from. ``logs`` [batch, kv_heads, n]: log of how many tokens each stands
         for."""
-        ranges = self._of(layer)
-        slots = ranges.slots.reshape(self.batch, self.kv_heads)
-        for b, many in enumerate(counts.tolist()):
-            for h, count in enumerate(many):
-                of = rows[b, h, :count]
-                self._key[slots[b, h], 0, :count] = k[b, h, of].to(self.dtype)
-                self._value[slots[b, h], 0, :count] = v[b, h, of].to(self.dtype)
+        inside = torch.arange(rows.shape[2], device=self.device) < counts[..., None]
+        sequence, head, row = inside.nonzero().T
+        slots, source = self._slots(layer)[sequence, head], rows[sequence, head, row]
+        for side, new in ((self._key, k), (self._value, v)):
+            side[slots, 0, row] = new[sequence, head, source].to(self.dtype)
         if logs is not None:
-            behind = torch.arange(rows.shape[2], device=rows.device) >= counts[..., None]
-            self.track(layer, "log_weight").copy_(logs.gather(2, rows).masked_fill(behind, 0.0))
+            self.track(layer, WEIGHTS).copy_(logs.gather(2, rows).masked_fill(~inside, 0.0))
 
     def forget_one(self, layer: int, rows: Tensor) -> None:
         """`forget` one row of every range, rows [batch, kv_heads] int64: the usual step.
@@ -320,17 +285,11 @@ class HeadCache:
         Raises:
             KeepError: a range holds no such row. Otherwise as `forget`.
         """
-        ranges, last = self._of(layer), self.counts(layer) - 1
+        last = self.counts(layer) - 1
         if rows.shape != last.shape or bool(((rows < 0) | (rows > last)).any()):
             raise KeepError(f"rows {rows.tolist()} to forget are not all in 0..{last.tolist()}")
-        self.cache.unshare(ranges)
-        slots = torch.from_numpy(ranges.slots).to(self.device)
-        at, end = rows.flatten(), last.flatten()
-        for side in (self._key, self._value):
-            side[slots, 0, at] = side[slots, 0, end]
-        for track in self.tracks[layer].values():
-            track.swap(rows, last)
-        self.cache.truncate_batch(ranges, end.cpu().numpy())
+        sequence, head = torch.ones_like(rows).nonzero().T
+        self._fill(layer, (sequence, head, rows.flatten()), last.flatten(), last)
 
     def forget(self, layer: int, drop: Tensor) -> None:
         """Drop the rows of a mask [batch, kv_heads, n]: the last rows take their places. What a
@@ -341,7 +300,7 @@ class HeadCache:
             KeepError: the mask names rows that a range does not hold. OutOfPages, MapLimitError,
             DriverError: a shared page cannot be copied. Nothing has changed.
         """
-        ranges, counts = self._of(layer), self.counts(layer)
+        counts = self.counts(layer)
         at = torch.arange(drop.shape[2], device=self.device)
         if drop.shape != (*counts.shape, int(counts.max())) or bool(
             (drop & (at >= counts[..., None])).any()
@@ -350,20 +309,11 @@ class HeadCache:
                 f"rows to forget are a mask of {(*counts.shape, int(counts.max()))} within "
                 f"{counts.tolist()}, got {tuple(drop.shape)}"
             )
-        self.cache.unshare(ranges)
         left = counts - drop.sum(-1)
         # As many rows stay behind the new end as go before it; both in ascending order.
-        sequence, head, row = (drop & (at < left[..., None])).nonzero().T
         stays = ~drop & (at >= left[..., None]) & (at < counts[..., None])
-        source = stays.nonzero()[:, 2]
-        slots = torch.from_numpy(ranges.slots).to(self.device).view(counts.shape)[sequence, head]
-        for side in (self._key, self._value):
-            side[slots, 0, row] = side[slots, 0, source]
-        for track in self.tracks[layer].values():
-            track.get(drop.shape[2])
-            track.move(sequence, head, row, source)
-            track.clear_behind(left)
-        self.cache.truncate_batch(ranges, left.flatten().cpu().numpy())
+        sequence, head, row = (drop & (at < left[..., None])).nonzero().T
+        self._fill(layer, (sequence, head, row), stays.nonzero()[:, 2], left)
 
     def crop(self, layer: int, tokens: int) -> None:
         """Forget the last ``tokens`` tokens of the text (speculative rollback), those of them that
@@ -411,6 +361,27 @@ class HeadCache:
         )
 
     # ---- inside --------------------------------------------------------------------------------
+    def _fill(
+        self, layer: int, place: tuple[Tensor, Tensor, Tensor], source: Tensor, left: Tensor
+    ) -> None:
+        """Row ``source`` goes to its ``place`` (sequence, head, row) each; then the first ``left``
+        [batch, kv_heads] rows of each range are all."""
+        ranges, (sequence, head, row) = self._of(layer), place
+        self.cache.unshare(ranges)
+        slots, longest = self._slots(layer)[sequence, head], int(self.lengths(layer).max())
+        for side in (self._key, self._value):
+            side[slots, 0, row] = side[slots, 0, source]
+        for track in self.tracks[layer].values():
+            track.get(longest)
+            track.move(sequence, head, row, source)
+            track.clear_behind(left)
+        self.cache.truncate_batch(ranges, left.flatten().cpu().numpy())
+
+    def _slots(self, layer: int) -> Tensor:
+        """The slots of a layer's ranges, [batch, kv_heads]."""
+        slots = self._of(layer).slots.reshape(self.batch, self.kv_heads)
+        return torch.from_numpy(slots).to(self.device)
+
     def _of(self, layer: int) -> Batch:
         if not 0 <= layer < self.layers:
             raise LayoutError(f"layer {layer} does not exist: the cache has {self.layers} layers")
@@ -424,15 +395,3 @@ class HeadCache:
             for side in (self._key, self._value)
         )
         return k, v
-
-
-def as_rows(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """What a mask [batch, kv_heads, n] keeps: ascending rows [batch, kv_heads, m] int64, filled up
-    with 0, and how many [batch, kv_heads]."""
-    counts = keep.sum(-1)
-    # A stable sort of "not kept" puts the kept rows first, in order.
-    order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
-    longest = int(counts.max())
-    rows = order[..., :longest]
-    at = torch.arange(longest, device=keep.device)
-    return rows.masked_fill(at >= counts[..., None], 0), counts

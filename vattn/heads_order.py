@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .heads import HeadCache, Track
+from .heads import HeadCache
+from .track import Track
 
 
 def reorder(heads: HeadCache, order: list[int]) -> None:

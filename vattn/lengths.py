@@ -161,35 +161,24 @@ class Lengths:
         self.lengths[slots, which] = lengths
         self.tokens[slots] = self.lengths[slots].max(axis=1)
 
-    def truncate(self, sequence: Sequence, which: slice, tokens: int) -> None:
-        """See `KVCache.truncate`."""
-        slot = sequence.slot
-        floor, top = int(self.starts[slot, which].max()), int(self.lengths[slot, which].max())
-        if tokens != 0 and not floor <= tokens <= top:
-            raise OutOfRange(
-                f"cannot truncate to {tokens} tokens: slot {slot} holds {floor}..{top}"
-            )
-        if tokens < floor:
-            self._refill(sequence, which)
-        self.lengths[slot, which] = np.minimum(self.lengths[slot, which], tokens)
-        self.tokens[slot] = self.lengths[slot].max()
-        self.promised[slot] = 0
-
-    def shorten(self, batch: Batch, tokens: int | Ints) -> None:
-        """See `KVCache.truncate_batch`."""
-        counts = self.check_tokens(tokens, len(batch.slots))
-        tokens = np.broadcast_to(np.asarray(counts), (len(batch.slots),))
-        held, first = self.lengths[batch.pick], self.starts[batch.pick].max(axis=1)
-        wrong = ((tokens < first) | (tokens > held.max(axis=1))).nonzero()[0]
+    def truncate(self, batch: Batch, which: slice, tokens: Ints) -> None:
+        """See `KVCache.truncate` and `truncate_batch`."""
+        lengths, starts = self.lengths[batch.slots, which], self.starts[batch.slots, which]
+        first, top = starts.max(axis=1), lengths.max(axis=1)
+        slid = tokens < first
+        wrong = ((slid & (tokens != 0)) | (tokens > top)).nonzero()[0]
         if len(wrong):
             i = int(wrong[0])
             raise OutOfRange(
                 f"cannot truncate to {tokens[i]} tokens: slot {batch.slots[i]} holds "
-                f"{first[i]}..{held[i].max()}"
+                f"{first[i]}..{top[i]}"
             )
-        self.lengths[batch.pick] = np.minimum(held, tokens[:, None])
-        self.tokens[batch.pick] = tokens
-        self.promised[batch.pick] = 0
+        for i in slid.nonzero()[0].tolist():
+            self._refill(batch.sequences[i], which)
+        self.starts[batch.slots[slid], which] = 0
+        self.lengths[batch.slots, which] = np.minimum(lengths, tokens[:, None])
+        self.tokens[batch.slots] = self.lengths[batch.slots].max(axis=1)
+        self.promised[batch.slots] = 0
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """``target`` holds the first ``tokens`` tokens of ``source`` now."""
@@ -237,4 +226,3 @@ class Lengths:
         lanes = np.isin(self._group_of_lane, groups) & (self.arena.first[slot] > 0)
         if lanes.any():
             self.arena.refill(slot, np.flatnonzero(lanes), tenant=sequence.tenant)
-        self.starts[slot, which] = 0

@@ -1,0 +1,39 @@
+"""Numbers beside the rows of a `HeadCache`: positions, scores, weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Track:
+    """A number for each row of each range of a layer: [batch, kv_heads, n], growing at its end.
+
+    Ordinary tensors even where they are made under inference_mode: later steps write to them.
+    """
+
+    def __init__(self, batch: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows = torch.zeros(batch, kv_heads, 0, dtype=dtype, device=device)
+
+    @torch.inference_mode(False)
+    def get(self, longest: int) -> Tensor:
+        """The first ``longest`` numbers of each range; 0 where none was set. A view to write to."""
+        have = self._rows.shape[2]
+        if have < longest:
+            more = max(longest - have, have // 2)
+            self._rows = torch.nn.functional.pad(self._rows, (0, more))
+        return self._rows[:, :, :longest]
+
+    @torch.inference_mode(False)
+    def keep(self, rows: Tensor) -> None:
+        """Rows [batch, kv_heads, m] become the first m; what lies behind is 0."""
+        self._rows = self._rows.gather(2, rows)
+
+    def move(self, sequence: Tensor, head: Tensor, row: Tensor, source: Tensor) -> None:
+        """The number of row ``source`` goes to ``row``, of each sequence and head."""
+        self._rows[sequence, head, row] = self._rows[sequence, head, source]
+
+    def clear_behind(self, counts: Tensor) -> None:
+        """Numbers of rows from ``counts`` [batch, kv_heads] on become 0."""
+        at = torch.arange(self._rows.shape[2], device=self._rows.device)
+        self._rows.masked_fill_(at >= counts[..., None], 0)
