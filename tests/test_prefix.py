@@ -256,4 +256,5 @@ def test_the_groups_are_those_of_the_page_ids(steps, name, least_tokens):
         nested = shared_prefixes(cache, sequences, least_tokens=least_tokens, nested=True)
         assert set(nested) == pages.nested(least_tokens)
         assert len(nested) == len(set(nested))
-        assert sum(p.saved for p in nested) >= sum(p.saved for p in found)
+        if least_tokens == 1:  # else an outer group may leave too little for one within it
+            assert sum(p.saved for p in nested) >= sum(p.saved for p in found)
