@@ -5,6 +5,7 @@
 # make aot    compile every Triton kernel for three GPU generations, and compare with the table
 # make fuzz   the storm, ten million random operations, and the state machines
 # make model  train the shipped model again
+# make kvpress  the presses of NVIDIA kvpress over our cache, in an environment of its own
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -14,7 +15,7 @@ ON_DEVICE := gpu_vmm decode prefill append cascade masked
 export SEES_A_DEVICE := import sys, hypothesis, numpy, pytest, rich, torch, triton, typer; \
 	import cuda.bindings; assert torch.cuda.is_available(); print(sys.executable)
 
-.PHONY: demo test bench gpu aot fuzz model types
+.PHONY: demo test bench gpu aot fuzz model types kvpress
 .DELETE_ON_ERROR:
 
 demo: .venv/run.stamp
@@ -50,6 +51,16 @@ model: .venv/dev.stamp
 
 types: .venv/dev.stamp
 	$(BIN)/mypy
+
+kvpress: .venv-kvpress/stamp
+	.venv-kvpress/bin/python -m pytest tests/test_press.py -p no:cacheprovider
+	.venv-kvpress/bin/python -m bench kvpress --quick
+
+.venv-kvpress/stamp: .ci/kvpress.txt
+	@echo 'setting up .venv-kvpress: torch is most of it, so the first time takes a few minutes'
+	$(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip install --quiet --no-compile -r .ci/kvpress.txt
+	touch $@
 
 .venv/run.stamp: pyproject.toml $(PINS) | .venv/bin/python
 	@echo 'setting up .venv: torch is most of it, so the first time takes a few minutes'

@@ -4,12 +4,12 @@ Layers of an 8B model (32 query heads, 8 KV heads of 128, bfloat16) hold a promp
 policy keeps a quarter and one token more, so that each head's last page has a single row: the worst
 case. `returned` is the physical memory that went back to the pool (`HeadCache.stats`), of the bytes
 of rows that were dropped. `ragged` is the same for policies whose heads or layers keep different
-numbers of tokens, of all bytes of K and V, three quarters of which they drop. Queries and keys are
-drawn, with heads that look at few tokens and heads that look at many; policies are shown the last
-64 queries. `page` has larger pages. `compaction` is what an eviction adds to a layer's prompt after
-the choice, closing the gaps and giving pages back, against attention of the same prompt alone,
-without projections and MLP: the strictest prefill there is. Both by the processor time of one
-thread.
+numbers of tokens, of all bytes of K and V, three quarters of which they drop. `narrow` is the share
+of all bytes that channels of K give back where every token stays. Queries and keys are drawn, with
+heads that look at few tokens and heads that look at many; policies are shown the last 64 queries.
+`page` has larger pages. `compaction` is what an eviction adds to a layer's prompt after the choice,
+closing the gaps and giving pages back, against attention of the same prompt alone, without
+projections and MLP: the strictest prefill there is. Both by the processor time of one thread.
 
 The gate of a figure: attention over what is left equals that of a float64 reference over all tokens
 with the dropped ones masked, to 1e-3, for each layer; and the pool has as many pages less.
@@ -17,8 +17,6 @@ with the dropped ones masked, to 1e-3, for each layer; and the pool has as many 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Annotated
@@ -29,8 +27,8 @@ import typer
 from torch import Tensor
 
 from bench.harness import Bench
-from bench.kept.roster import Facts, Grain, kinds, roster
-from bench.timing import Sample, quiet_gc
+from bench.kept.roster import Facts, Grain, adaptive, roster
+from bench.timing import Sample, measure
 from vattn.eviction import Eviction
 from vattn.evictor import Evictor
 from vattn.heads import HeadCache
@@ -70,14 +68,11 @@ def run(
     ragged = [name for name in RAGGED if name in made and (not policies or name in policies)]
     for name in ragged:
         returned(bench, f"freed/ragged/{name}", drawn, name, ragged=True)
+    if not policies or "ThinK" in policies:
+        returned(bench, "freed/narrow/ThinK", drawn, "ThinK", narrow=True)
     bench.note(KVPRESS)
     if not policies:
         compaction(bench, drawn)
-
-
-def adaptive(name: str) -> bool:
-    """Whether a policy keeps what it will, not a quarter."""
-    return name in kinds() and kinds()[name].adaptive is True
 
 
 class Drawn:
@@ -138,22 +133,24 @@ def returned(
     page_bytes: int | None = None,
     *,
     ragged: bool = False,
+    narrow: bool = False,
     target: str | None = ">= 95",
 ) -> None:
-    """One figure: the share of bytes that came back."""
-    evictor = roster()[name](KEPT, GRAIN, drawn.facts())
+    """One figure: the share of bytes that came back. ``narrow``: no token goes, and channels do."""
+    evictor = roster()[name](TOKENS if narrow else KEPT, GRAIN, drawn.facts())
     freed = cache(partial(evicted, drawn, evictor, page_bytes, name not in CHANGES))
 
     def share() -> float:
         found = freed()
-        return 100 * (found.before - found.after) / (found.before if ragged else found.dropped)
+        whole = found.before if ragged or narrow else found.dropped
+        return 100 * (found.before - found.after) / whole
 
     bench.figure(
         label,
         share,
-        "% of all bytes" if ragged else "% of dropped bytes",
+        "% of all bytes" if ragged or narrow else "% of dropped bytes",
         gate=lambda: freed().check(),
-        target=">= 70" if ragged else target,
+        target=">= 70" if ragged else ">= 18" if narrow else target,
         mapped_before=freed().before,
         mapped_after=freed().after,
         dropped=freed().dropped,
@@ -175,8 +172,11 @@ def evicted(drawn: Drawn, evictor: Evictor, page_bytes: int | None, compare: boo
             query, hidden = drawn.query[layer], drawn.hidden[layer]
             eviction.attend(query, layer, hidden=hidden, attended=done)
         after = heads.stats()
-        held = sum(int(heads.lengths(layer).sum()) for layer in range(LAYERS))
+        held = sum(int(heads.held(layer).sum()) for layer in range(LAYERS))
         dropped = (LAYERS * KV_HEADS * TOKENS - held) * ROW_BYTES
+        if heads.narrowed is not None:
+            narrow = sum(int(heads.narrowed.counts(layer).sum()) for layer in range(LAYERS))
+            dropped += narrow * (DIM - heads.narrowed.width) * ROW_BYTES // (2 * DIM)
         worst = 0.0
         for layer in range(LAYERS if compare else 0):
             worst = max(worst, apart(drawn, heads, layer))
@@ -192,15 +192,22 @@ def evicted(drawn: Drawn, evictor: Evictor, page_bytes: int | None, compare: boo
 
 def apart(drawn: Drawn, heads: HeadCache, layer: int) -> float:
     """Attention of the last query over what is left, against a masked float64 reference over all
-    tokens, rounded as ours is: the relative error."""
+    tokens, rounded as ours is: the relative error. Channels that a token gave up are zeros."""
     query = drawn.query[layer][:, :, -1:].contiguous()
     ours = heads.attend_lse(query, layer)[0].double()
     mask = torch.zeros(KV_HEADS, TOKENS, dtype=torch.bool)
-    positions, counts = heads.positions(layer)[0], heads.lengths(layer)[0].tolist()
+    positions, counts = heads.places(layer)[0], heads.held(layer)[0].tolist()
     for head, count in enumerate(counts):
         mask[head, positions[head, :count]] = True
+    key, rows = drawn.key[layer][0].double(), heads.narrowed
+    channels = None if rows is None else rows.channels(layer)
+    if rows is not None and channels is not None:
+        for head, many in enumerate(rows.counts(layer)[0].tolist()):
+            gone = torch.ones(DIM, dtype=torch.bool)
+            gone[channels[0, head]] = False
+            key[head, rows.positions(layer)[0, head, :many, None], gone.nonzero().T] = 0.0
     q = query[0].double().unflatten(0, (KV_HEADS, -1)).squeeze(2)
-    scores = q @ drawn.key[layer][0].double().mT * DIM**-0.5
+    scores = q @ key.mT * DIM**-0.5
     weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
     want = (weights @ drawn.value[layer][0].double()).flatten(0, 1)[None, :, None]
     want = want.to(torch.bfloat16).double()
@@ -234,23 +241,21 @@ def rounds(drawn: Drawn, prefills: int, evictions: int) -> dict[str, Sample]:
     rng = torch.Generator().manual_seed(0)
     query = torch.randn(1, HEADS, TOKENS, DIM, generator=rng).to(torch.bfloat16)
     key, value = drawn.key[0], drawn.value[0]
-    taken: dict[str, list[float]] = {"prefill": [], "compaction": []}
+    prefill: list[float] = []
+    compaction: list[float] = []
+    with HeadCache(1, KV_HEADS, DIM, TOKENS, device="cpu") as heads:
 
-    def timed(name: str, act: Callable[[], object]) -> None:
-        begin = time.thread_time()
-        act()
-        taken[name].append(time.thread_time() - begin)
+        def filled() -> Tensor:
+            heads.clear(0)
+            heads.release()
+            heads.append(0, key, value)
+            return scattered(rng)
 
-    with HeadCache(1, KV_HEADS, DIM, TOKENS, device="cpu") as heads, quiet_gc():
+        timed = partial(measure, clock="thread", warmup=0)
         for _ in range(prefills):
-            timed("prefill", partial(attention, query, key, value))
-            for _ in range(evictions):
-                heads.append(0, key, value)
-                mask = scattered(rng)
-                timed("compaction", partial(compact, heads, mask))
-                heads.clear(0)
-                heads.release()
-    return {name: Sample(tuple(seconds)) for name, seconds in taken.items()}
+            prefill += timed(partial(attention, query, key, value), repeat=1).seconds
+            compaction += timed(partial(compact, heads), setup=filled, repeat=evictions).seconds
+    return {"prefill": Sample(tuple(prefill)), "compaction": Sample(tuple(compaction))}
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -88,11 +88,11 @@ def sound(net: Any, model: Path, text: bytes) -> bool:
 
 
 @torch.no_grad()
-def decoded_bits(net: Any, text: bytes) -> float:
+def decoded_bits(net: Any, text: bytes, **options: Any) -> float:
     """Bits per byte of a text that is fed byte by byte through our cache."""
     from vattn.hf import VattnCache
 
-    cache = VattnCache(net.config, max_tokens=len(text))
+    cache = VattnCache(net.config, max_tokens=len(text), **options)
     total = torch.zeros((), dtype=torch.float64)
     for byte, after in pairwise(text):
         logits = net(torch.tensor([[byte]]), past_key_values=cache, use_cache=True).logits[0, -1]

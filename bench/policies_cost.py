@@ -159,7 +159,7 @@ class Stage:
         eviction.append(0, self.key, self.value)
         done = torch.zeros(1, HEADS, SHOWN, DIM, dtype=torch.bfloat16)
         eviction.attend(self.query, 0, hidden=self.hidden, attended=done)
-        plain = self.filled(round(float(heads.lengths(0).mean())))
+        plain = self.filled(round(float(heads.held(0).mean())))
         hidden = self.hidden[:, :1]
 
         def ours() -> Tensor:
@@ -186,7 +186,7 @@ class Stage:
                         taken[name].append(spent)
                     if cache is not heads:
                         cache.crop(0, steps)
-        held = float(heads.lengths(0).mean())
+        held = float(heads.held(0).mean())
         budget = self.tokens // KEPT
         if evictor.decodes and not evictor.adaptive and held >= budget + evictor.every:
             wrong = wrong or f"{held} rows are held of {budget}"

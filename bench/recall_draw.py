@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-PAPER, INK, FAINT = "#ffffff", "#22303c", "#8896a3"
+from vattn.picture import FAINT, INK, PAPER
+
 KINDS = {"page": "#2f6db5", "token": "#d1495b", "both": "#8257b8"}
 PAGES = ("Quest", "MeanDeviation", "Cuboid", "Landmark", "Clusters")
 NEAR, LINE = 2.2, 1.12  # labels stand apart by one of these ratios: of bytes, of loss

@@ -4,6 +4,7 @@
     kv     rows [N, Hkv, S, D] and [N, Hkv, S, Dv], `vattn.kernels.kv`
     tree   bool [L, L] or [B, L, L]: whether query l sees the i-th of the last L rows
     out    [B, Hq, L, Dv] of query's dtype, lse [B, Hq, L] float32, natural log
+    logits [B, Hkv, G * L, n] float32, if wanted: what query row g * L + l scores, -inf unseen
 
 Query head h reads KV head h // G, G = Hq / Hkv; the G * L query rows of a KV head are rows of one
 tile (several from 65 or 33 on), so that each row of K and V is read once. The keys are dealt out to
@@ -15,7 +16,7 @@ anew; a workspace serves one stream (`vattn.kernels.deals.Workspace`).
 
 Mapped must be, of sequence b, rows [starts, lengths) that a query sees: with a window, the rows
 between the sinks and the window are not read. Bytes moved: these rows of K and V once, query and
-out once, and at most two partials [rows, Dv + 2] float32 a program.
+out once, and at most two partials [rows, Dv + 2] float32 a program; logits twice.
 Source: FlashDecoding, https://pytorch.org/blog/flash-decoding/; stream-K,
 https://arxiv.org/abs/2301.03598. Definition: `vattn.kernels.scores.reference`.
 """
@@ -57,7 +58,7 @@ from vattn.kernels.walk import walk
 
 # What a compiled kernel need not know: a new number must not stall a step that serves. ``tokens``
 # has three forms (1, multiples of 16, others), of which the first takes fewer registers.
-COUNTS = ["batch", "reserved", "least", "most", "window", "sink_tokens"]
+COUNTS = ["batch", "reserved", "longest", "least", "most", "window", "sink_tokens"]
 
 
 def decode(
@@ -84,6 +85,7 @@ def decode_lse(
     tree: Tensor | None = None,
     split_tokens: int | None = None,
     out: Tensor | None = None,
+    logits: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a few last tokens: (out [B, Hq, L, Dv], lse [B, Hq, L]).
@@ -97,6 +99,8 @@ def decode_lse(
             result then do not depend on the other sequences. None: cut where it balances.
         out: where the result goes, of query's dtype or float32; None: new, with the strides of a
             query of Dv elements.
+        logits: float32 contiguous [B, Hkv, G * L, n] where scores go, scaled and all, -inf where a
+            query does not see: evidence for policies. n: all lengths at least, at most ``S``.
         workspace: of `workspace_for` with the same query, kv, scores and split_tokens; None: new,
             and a second launch joins the parts.
 
@@ -111,6 +115,9 @@ def decode_lse(
     out = rows_like(query, kv.value.shape[3]) if out is None else out
     _check_out(out, query, kv)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if logits is not None:
+        _check_logits(logits, query, kv)
+        logits.fill_(-torch.inf)
     if lse.numel() == 0:
         return out, lse
     dealt = deal_for(device, query, kv, scores, split_tokens)
@@ -119,7 +126,7 @@ def decode_lse(
     else:
         check_workspace(workspace, query, kv, dealt)
     with current(query):
-        _launch(query, kv, scores, tree, (out, lse), dealt, workspace)
+        _launch(query, kv, scores, tree, (out, lse, logits), dealt, workspace)
     return out, lse
 
 
@@ -128,11 +135,11 @@ def decode_lse(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _decode(
-    query, key, value, out, lse, partials, tops, arrived, lengths, starts, slots,
+    query, key, value, out, lse, logits, partials, tops, arrived, lengths, starts, slots,
     key_scale, value_scale, alibi, sink_logits, tree,
     query_b, query_h, query_l, key_n, key_h, value_n, value_h, out_b, out_h, out_l,
     value_scale_h, key_scale_h, alibi_b, tree_b,
-    batch, reserved, tokens, least, most, scale, softcap, window, sink_tokens,
+    batch, reserved, longest, tokens, least, most, scale, softcap, window, sink_tokens,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, ROW_TILES: tl.constexpr, ROWS: tl.constexpr,
     KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -165,11 +172,14 @@ def _decode(
             last = tl.minimum(tile + FIXED, tiles_in(sequence, sequences, RULE))
         head = job // ROW_TILES
         mine = job % ROW_TILES * ROWS + row
+        told = logits
+        if logits is not None:
+            told += (sequence * HEADS + head).to(tl.int64) * (GROUPS * tokens) * longest
         m, total, acc = walk(
             tile, last, sequence, head, mine, query, key, value, slots, key_scale, alibi, tree,
             query_b, query_h, query_l, key_n, key_h, value_n, value_h, key_scale_h, alibi_b, tree_b,
-            scale, softcap, sequences, GROUPS, KEY_ROW, VALUE_ROW, D, DV, BLOCK_D, BLOCK_DV,
-            PAIRS, WIDEN, SOFTCAP, PRECISION, STAGES, RULE,
+            scale, softcap, sequences, told, longest, GROUPS, KEY_ROW, VALUE_ROW, D, DV, BLOCK_D,
+            BLOCK_DV, PAIRS, WIDEN, SOFTCAP, PRECISION, STAGES, RULE,
         )  # fmt: skip
 
         # ---- the result, or a part of it ----
@@ -214,16 +224,19 @@ def _launch(
     kv: KV,
     scores: Scores,
     tree: Tensor | None,
-    results: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor, Tensor | None],
     dealt: Deal,
     workspace: Workspace,
 ) -> None:
-    out, lse = results
+    out, lse, logits = results
     device = device_of(query)
     tile, rows = tile_of(device, query, kv)
     batch, heads, tokens, dim = query.shape
     _, kv_heads, reserved, value_dim = kv.value.shape
     held, key, value = _held(device, query, kv)
+    # Logits take some registers: better fewer programs on a processor than a spilled one.
+    told = logits is not None
+    warps = tile.warps * 2 if told and query.dtype == torch.float32 else tile.warps
     each = 1 if held[0] is None else 2
     looked_at = next(n for n in (32, 256, 1024) if batch <= n or n == 1024)
     rule = (CAUSAL[scores.causal], scores.window is not None, tile.block, dealt.fixed, looked_at)
@@ -241,7 +254,7 @@ def _launch(
     }
     strides = (*out.stride()[:3], scale_stride(kv.value_scale))
     _decode[(dealt.programs,)](
-        query, key, value, out, lse,
+        query, key, value, out, lse, logits,
         workspace.partials, workspace.tops, workspace.arrived,
         kv.lengths, kv.starts, kv.slots, kv.key_scale, kv.value_scale,
         scores.alibi, scores.sink_logits, None if tree is None else tree.view(torch.uint8),
@@ -249,13 +262,13 @@ def _launch(
         scale_stride(kv.key_scale),
         scores.alibi.stride(0) if scores.alibi is not None and scores.alibi.dim() == 2 else 0,
         tree.stride(0) if tree is not None and tree.dim() == 3 else 0,
-        batch, reserved, tokens, dealt.least, dealt.most,
+        batch, reserved, 0 if logits is None else logits.shape[3], tokens, dealt.least, dealt.most,
         scores.factor(dim), scores.softcap or 0.0, window, sink_tokens,
         KEY_ROW=key.stride(2), VALUE_ROW=value.stride(2), D=dim,
         BLOCK_M=tile.rows, BLOCK_D=padded(dim // each), BLOCK_DV=each * padded(value_dim // each),
         PAIRS=held[0], WIDEN=held[1], SOFTCAP=scores.softcap is not None,
-        PRECISION=precision(query), STAGES=tile.stages, num_warps=tile.warps,
-        maxnreg=tile.registers, **shared,
+        PRECISION=precision(query), STAGES=tile.stages, num_warps=warps,
+        maxnreg=255 if told else tile.registers, **shared,
     )  # fmt: skip
     most_pieces = dealt.most if dealt.fixed else tiles_of(reserved, 0, tokens, scores, tile.block)
     if workspace.arrived is None and most_pieces > 1:
@@ -284,6 +297,20 @@ def _check_out(out: Tensor, query: Tensor, kv: KV) -> None:
         raise ValueError(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device} with strides {out.stride()}: "
             f"must be {query.dtype} or float32 {shape} on {query.device}, its last stride 1"
+        )
+
+
+def _check_logits(logits: Tensor, query: Tensor, kv: KV) -> None:
+    kv_heads, reserved = kv.key.shape[1:3]
+    lines = (query.shape[0], kv_heads, query.shape[1] // kv_heads * query.shape[2])
+    right = logits.dtype == torch.float32 and logits.device == query.device
+    known = reserved if kv.lengths is None else 0
+    fits = logits.dim() == 4 and known <= logits.shape[3] <= reserved
+    if not (right and fits and logits.shape[:3] == lines and logits.is_contiguous()):
+        raise ValueError(
+            f"logits is {logits.dtype} {tuple(logits.shape)} on {logits.device}: must be "
+            f"contiguous float32 {(*lines, 'n')} on {query.device}, n from the longest length to "
+            f"{reserved}"
         )
 
 

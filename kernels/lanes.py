@@ -183,6 +183,27 @@ def pair_store(b: Any, tag: Any, place: Any, low: Any, high: Any) -> None:
         _write(b, _behind(b, place, offset), lanes, _bytes(tag))
 
 
+@word(types.void, TAG, address, f32x8, f32x8)
+def wide_store(b: Any, tag: Any, place: Any, low: Any, high: Any) -> None:
+    """Write sixteen elements, as `pair_load` gives them, as float32."""
+    if tag == types.uint16:  # the even ones and the odd ones
+        orders = [0, 8, 1, 9, 2, 10, 3, 11], [4, 12, 5, 13, 6, 14, 7, 15]
+        low, high = (_shuffle(b, low, high, order) for order in orders)
+    _write(b, place, low, 4)
+    _write(b, _behind(b, place, 32), high, 4)
+
+
+@word(types.void, address, address, types.int64)
+def turn(b: Any, target: Any, source: Any, stride: Any) -> None:
+    """Write float32 [8][4] as four lines of eight, ``stride`` bytes apart."""
+    pairs = [_read(b, _behind(b, source, 32 * i), _lanes, 4) for i in range(4)]
+    for line in range(4):
+        order = [line + 4 * i for i in range(4)] * 2
+        low, high = (_shuffle(b, pairs[i], pairs[i + 1], order) for i in (0, 2))
+        _write(b, target, _shuffle(b, low, high, [0, 1, 2, 3, 8, 9, 10, 11]), 4)
+        target = b.add(target, stride)
+
+
 @word(scalar, TAG, address)
 def read(b: Any, tag: Any, place: Any) -> Any:
     """One element as float32."""

@@ -135,37 +135,72 @@ class Rows:
     head_bytes: int
     token_bytes: int
     keep: object = None  # what owns the rows: held until the last thread is done
+    value_dim: int | None = None  # of V, whose heads then have `value_bytes` a token; None: as K
+    value_bytes: int = 0
 
 
 def stream_ragged(
-    query: Tensor, rows: Rows, *, scale: float | None = None, window: int = 0
+    query: Tensor,
+    rows: Rows,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    logits: Tensor | None = None,
+    causal: bool = True,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attend causally to sequences of any lengths: the queries are the last tokens of each.
+    """Attend to sequences of any lengths: causally, the queries being the last tokens of each, or
+    without a mask.
 
-    query [B, Hq, L, D], K and V of the same dtype and D; with a ``window``, a query sees so many
-    tokens, itself included. Returns ([B, Hq, L, D], log-sum-exp [B, Hq, L]). All rows must stay
-    mapped until this returns.
+    query [B, Hq, L, D], K and V of the same dtype; with a ``window``, a query sees so many tokens,
+    itself included. Returns ([B, Hq, L, Dv], log-sum-exp [B, Hq, L]), the former of the query's
+    dtype or, where they are to be merged, ``exact`` float32. All rows must stay mapped until this
+    returns. ``logits`` [B, Hkv, G * L, n] float32 contiguous, of n tokens or more of the longest
+    sequence, gets scale * q k of the tokens that each query sees, and -inf.
     """
     query = plain_rows(query)
-    out = torch.empty_like(query)
+    value_dim = query.shape[3] if rows.value_dim is None else rows.value_dim
+    if value_dim == query.shape[3] and not exact:
+        out = torch.empty_like(query)
+    else:
+        dtype = torch.float32 if exact else query.dtype
+        out = query.new_empty((*query.shape[:3], value_dim), dtype=dtype)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    if logits is not None:
+        _check_logits(logits, query, rows)
+        logits.fill_(-torch.inf)
     if query.numel() == 0:
         return out, lse
     length, dim = query.shape[2:]
-    cut = _cut(rows.kv_heads, rows.head_bytes, rows.token_bytes, query, dim)
+    cut = _cut(rows.kv_heads, rows.head_bytes, rows.token_bytes, query, max(dim, value_dim))
     seen = np.maximum(rows.lengths - length + 1 - window, 0) if window else 0
     chunks = np.maximum(-(-rows.lengths // cut.chunk) - seen // cut.chunk, 1)
     firsts = np.zeros(len(chunks) + 1, np.int64)
     np.cumsum(chunks * -(-rows.kv_heads // cut.span), out=firsts[1:])
     units, keys = firsts.item(-1), int(rows.lengths.max())
     steps = (0, 0, rows.head_bytes, rows.token_bytes)
+    v_steps = steps
+    if rows.value_dim is not None:
+        v_steps = (0, 0, value_dim * query.itemsize, rows.value_bytes)
     arrays = (rows.k, rows.v, rows.lengths, firsts)
-    ragged = (*[a.ctypes.data for a in arrays], 1, window)
-    lies = (*steps, *steps, *ragged)
-    sizes = (rows.kv_heads, keys, dim)
+    ragged = (*[a.ctypes.data for a in arrays], int(causal), window)
+    lies = (*steps, *v_steps, *ragged)
+    sizes = (rows.kv_heads, keys, value_dim)
     counts = (units, int(chunks.max()))
-    _launch(query, out, lse, sizes, lies, NO_MASK, cut, counts, scale, (arrays, rows))
+    keep = (arrays, rows, logits)
+    _launch(query, out, lse, sizes, lies, NO_MASK, cut, counts, scale, keep, logits)
     return out, lse
+
+
+def _check_logits(logits: Tensor, query: Tensor, rows: Rows) -> None:
+    least = (len(query), rows.kv_heads, query.shape[1] // rows.kv_heads * query.shape[2])
+    longest = int(rows.lengths.max())
+    wrong = logits.dim() != 4 or logits.shape[:3] != least or logits.shape[3] < longest
+    if wrong or logits.dtype != torch.float32 or not logits.is_contiguous():
+        raise ValueError(
+            f"logits must be contiguous float32 {[*least, longest]}, or longer; got "
+            f"{logits.dtype} {list(logits.shape)}"
+        )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
@@ -231,6 +266,11 @@ def _cut(kv_heads: int, head_step: int, token_step: int, query: Tensor, dim: int
     return Cut(span, SPAN_CHUNK, max(16, min(BLOCK, block & ~1)))
 
 
+def _lies(logits: Tensor) -> tuple[int, int, int]:
+    """The words of a call about logits."""
+    return logits.data_ptr(), logits.stride(1) * 4, logits.stride(2) * 4
+
+
 def _mask(mask: Tensor) -> tuple[int, ...]:
     """The words of a call about a mask: address, kind, byte strides (0 where it broadcasts)."""
     item = mask.itemsize
@@ -250,6 +290,7 @@ def _launch(
     units: tuple[int, int],
     scale: float | None,
     keep: object,
+    logits: Tensor | None = None,
 ) -> None:
     """Describe the call, make its workspace, and run it on as many threads as it is worth.
 
@@ -259,7 +300,7 @@ def _launch(
     code = loops()
     batch, heads, length, dim = query.shape
     kv_heads, keys, value_dim = sizes
-    item, groups = query.itemsize, heads // kv_heads
+    item, out_item, groups = query.itemsize, out.itemsize, heads // kv_heads
     tiles = -(-groups * length // code.ROWS)
     inner, outer = -(-dim // 16), -(-value_dim // 16)
     state = outer * code.STEP_BYTES + code.STATE_BYTES
@@ -280,8 +321,10 @@ def _launch(
             *(batch, kv_heads, groups, length, keys, dim, value_dim, item),
             *(_read(query), q_batch * item, q_head * item, q_row * item),
             *lies,
-            *(out.data_ptr(), out_batch * item, out_head * item, out_row * item),
+            *(out.data_ptr(), out_batch * out_item, out_head * out_item, out_row * out_item),
+            out_item,
             0 if lse is None else lse.data_ptr(),
+            *((0, 0, 0) if logits is None else _lies(logits)),
             *mask,
             *(cut.span, cut.chunk, units[0], cut.block),
             *(base, base + states, scratch, counts.buffer_info()[0]),

@@ -77,7 +77,11 @@ class Call(NamedTuple):
     out_batch: int
     out_head: int
     out_row: int
+    out_item: int  # bytes of an element: of the query's dtype, or float32
     lse: int  # float32 [batch, heads, length]
+    logits: int  # float32 [batch, kv_heads, groups * length, tokens]
+    logits_head: int
+    logits_row: int
     mask: int
     mask_kind: int
     mask_batch: int
@@ -247,7 +251,8 @@ def attend(
     k, k_row = k + first * c.k_head + block * c.k_row, c.k_row
     values, v_row = values + first * c.v_head + block * c.v_row, c.v_row
     step = 16 * c.item
-    if c.k_row == c.span * c.dim * c.item and (c.span == 1 or c.k_head == c.dim * c.item):
+    side_by_side = c.k_row == c.span * c.dim * c.item and c.dim == c.value_dim
+    if side_by_side and (c.span == 1 or c.k_head == c.dim * c.item):
         # Rows of all heads follow each other: each head asks for its share of the next block.
         share = tokens * c.dim * c.item
         v_ahead, v_ahead_row = values + tokens * v_row + i * share, c.dim * c.item
@@ -266,6 +271,8 @@ def attend(
             bias(c, batch, first + i, tile, block, tokens, here)
         if c.causal:
             fence(c, keys, tile, block, tokens, here)
+        if c.logits:
+            tell(c, batch, first + i, tile, block, tokens, here)
     if c.value_dim % 16:
         values, v_row = pad_block(values, v_row, tokens, c.value_dim, c.item, spare), outs * step
     for tile in range(tiles):
@@ -297,6 +304,20 @@ def fence(c: Any, keys: int, tile: int, block: int, tokens: int, s: int) -> None
         if c.window > 0:
             for t in range(0, min(tokens, position + 1 - c.window - block)):
                 v.write(s + (t * ROWS + r) * 4, EMPTY)
+
+
+@jit
+def tell(c: Any, batch: int, head: int, tile: int, block: int, tokens: int, s: int) -> None:
+    """Write a tile of scores where the caller wants to see them."""
+    target = c.logits + (batch * c.kv_heads + head) * c.logits_head + block * 4
+    target += tile * ROWS * c.logits_row
+    rows = min(ROWS, c.groups * c.length - tile * ROWS)
+    eights = tokens // 8 * 8 if rows == ROWS else 0
+    for t in range(0, eights, 8):
+        v.turn(target + t * 4, s + t * ROWS * 4, c.logits_row)
+    for r in range(rows):
+        for t in range(eights, tokens):
+            v.write(target + r * c.logits_row + t * 4, v.read(v.F32, s + (t * ROWS + r) * 4))
 
 
 @jit
@@ -347,9 +368,12 @@ def finish(tag: Any, c: Any, batch: int, head: int, tile: int, state: int, spare
         for step in range(outs):
             place = state + step * STEP_BYTES + r * ROW_BYTES
             low, high = v.mul(v.load(place), inverse), v.mul(v.load(place + 32), inverse)
-            v.pair_store(tag, here + step * 16 * c.item, low, high)
+            if c.out_item == c.item:
+                v.pair_store(tag, here + step * 16 * c.item, low, high)
+            else:
+                v.wide_store(tag, here + step * 16 * 4, low, high)
         if c.value_dim % 16:
-            v.copy(target, spare, c.value_dim * c.item)
+            v.copy(target, spare, c.value_dim * c.out_item)
         if c.lse:
             place = (batch * c.kv_heads * c.groups + query_head) * c.length + position
             log = EMPTY if total == 0.0 else top + np.float32(np.log(total))

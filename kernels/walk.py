@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vattn.kernels.online import (
+    LN2,
     LOG2E,
     dot,
     rows_before,
@@ -113,13 +114,14 @@ def _clear(
 def walk(
     tile, last, sequence, head, mine, query, key, value, slots, key_scale, alibi, tree,
     query_b, query_h, query_l, key_n, key_h, value_n, value_h, key_scale_h, alibi_b, tree_b,
-    scale, softcap, sequences,
+    scale, softcap, sequences, logits, longest,
     GROUPS: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PAIRS: tl.constexpr, WIDEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """m, total [M], acc [M, Dv] of query rows ``mine`` [M] over tiles ``tile`` to ``last``."""
+    """m, total [M], acc [M, Dv] of query rows ``mine`` [M] over tiles ``tile`` to ``last``. Rows
+    of ``logits`` [G * L, longest] get what each query scores, where they are wanted."""
     CAUSAL: tl.constexpr = RULE[0]
     WINDOW: tl.constexpr = RULE[1]
     BLOCK: tl.constexpr = RULE[2]
@@ -132,6 +134,10 @@ def walk(
     n = tl.arange(0, BLOCK)
     length, start = rows_of(sequence, sequences)
     origin, sink_end, low, high = extent(length, start, sequences, RULE)
+    if logits is not None:
+        line = (mine % GROUPS * tokens + mine // GROUPS).to(tl.int64) * longest
+        lines = logits + line[:, None]
+        wanted = (mine < GROUPS * tokens)[:, None]
     sinks = 0
     if WINDOW:
         sinks = (sink_end - start + BLOCK - 1) // BLOCK
@@ -199,8 +205,11 @@ def walk(
             leaf = tree + sequence * tree_b + (token[:, None] * tokens + nth[None, :])
             among = (nth >= 0)[None, :] & seen & (token < tokens)[:, None]
             seen = seen & (tl.load(leaf, mask=among, other=1) != 0)
+        s = tl.where(seen, s, float("-inf"))
+        if logits is not None:
+            tl.store(lines + j[None, :], s * LN2, mask=wanted & (j < limit)[None, :])
         v = rows_before(values, j, limit, VALUE_ROW, WIDTH_V, BLOCK_V)
-        m, alpha, p = weigh(tl.where(seen, s, float("-inf")), m)
+        m, alpha, p = weigh(s, m)
         total = total * alpha + tl.sum(p, 1)
         acc, acc_odd = _added(p, v, alpha, acc, acc_odd, q.dtype, PRECISION, PAIRS, WIDEN)
     first = (low + (clear - sinks) * BLOCK).to(tl.int64)
@@ -217,6 +226,9 @@ def walk(
         if not PLAIN:
             s = scored(s, factor[:, None], softcap, SOFTCAP)
             s = _slanted(s, slope, position, low + (i - sinks) * BLOCK + n, alibi is not None)
+        if logits is not None:
+            natural = s * (factor[:, None] if PLAIN else LN2)
+            tl.store(lines + (low + (i - sinks) * BLOCK + n)[None, :], natural, mask=wanted)
         v = whole_rows(values, VALUE_ROW, BLOCK, WIDTH_V, BLOCK_V)
         m, alpha, p = weigh_whole(s, by, m)
         sums = sums * alpha[:, None] + p

@@ -132,6 +132,18 @@ def exact(
     return torch.stack(outs), torch.stack(lses)
 
 
+def scored(query: Tensor, kv: KV, scores: Scores, tree: Tensor | None = None) -> list[Tensor]:
+    """What queries score in float64, [Hkv, G * L, length] of each sequence; -inf unseen. Over
+    values that are an identity, the result is the weights."""
+    reserved, kv_heads = kv.key.shape[2], kv.key.shape[1]
+    one = torch.eye(reserved, device=query.device)
+    value = one.expand(kv.key.shape[0], kv_heads, -1, -1)
+    weights, lse = exact(query, replace(kv, key=kv.key.float(), value=value), scores, tree)
+    lines = (weights.log() + lse[..., None]).unflatten(1, (kv_heads, -1)).flatten(2, 3).cpu()
+    lengths = [reserved] * len(query) if kv.lengths is None else kv.lengths.tolist()
+    return [line[..., :length] for line, length in zip(lines, lengths, strict=True)]
+
+
 def assert_close(out: Tensor, lse: Tensor, query: Tensor, kv: KV, scores: Scores, tree=None):
     right, right_lse = exact(query, kv, scores, tree)
     assert out.dtype == query.dtype

@@ -95,14 +95,13 @@ class Call:
 
     @property
     def prompt(self) -> bool:
-        return self.start == 0
+        """Whether it is one, the first or a further one: all else are steps."""
+        return self.start == 0 or self.stop - self.start > MOST_TOKENS
 
     @property
     def draft(self) -> int:
-        """Tokens of a step that may be taken back: all but the first."""
-        return (
-            0 if self.prompt or self.stop - self.start > MOST_TOKENS else self.stop - self.start - 1
-        )
+        """Tokens of a step that may be taken back, held beyond the budget: all but the first."""
+        return 0 if self.prompt else self.stop - self.start - 1
 
     @property
     def age(self) -> Tensor:

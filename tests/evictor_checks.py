@@ -22,7 +22,7 @@ from vattn.evictor import Evictor
 from vattn.heads import HeadCache
 
 # New tokens at a time: a step that drops one, one that drops several, and a further prompt.
-FRESH = [1, 3]
+FRESH = [1, 3, 20]
 BUDGET = 40
 Score = Callable[[Text, Call], Tensor]
 
@@ -31,21 +31,12 @@ def written(seed: int, fresh: int = 1, **options: Any) -> Text:
     return text(seed, fresh=fresh, steps={1: 22, 3: 8, 20: 2}[fresh], **options)
 
 
-def is_prompt(call: Call) -> bool:
-    return call.prompt or call.stop - call.start > 16
-
-
-def draft(call: Call) -> int:
-    """Tokens of a step that may yet be taken back: they are held beyond the budget."""
-    return 0 if is_prompt(call) else call.stop - call.start - 1
-
-
 def evictions(done: Run, evictor: Evictor, seed: int) -> Iterator[tuple[Call, bool, str]]:
     """The calls, whether each is one that evicts, and what to say of it."""
     last = [0] * done.text.layers  # where a layer's last prompt ended
     for call in done.calls:
         note = f"seed {seed}, layer {call.layer}, tokens {call.start} to {call.stop} "
-        if is_prompt(call):
+        if call.prompt:
             last[call.layer] = call.stop
             yield call, True, note
             continue
@@ -55,7 +46,7 @@ def evictions(done: Run, evictor: Evictor, seed: int) -> Iterator[tuple[Call, bo
 
 def ends(call: Call, sink: int, recent: int) -> Tensor:
     """[T] bool: the first and the last tokens so far, and those that may be taken back."""
-    return (torch.arange(len(call.age)) < sink) | (call.age - draft(call) < recent)
+    return (torch.arange(len(call.age)) < sink) | (call.since < recent)
 
 
 def check(seed: int, done: Run, evictor: Evictor, budget: int, score: Score, recent: int) -> None:
@@ -66,7 +57,7 @@ def check(seed: int, done: Run, evictor: Evictor, budget: int, score: Score, rec
             assert torch.equal(call.before, call.after), note
             continue
         forced = ends(call, evictor.sink_tokens, recent)
-        counts = torch.full(call.before.shape[:2], budget + draft(call))
+        counts = torch.full(call.before.shape[:2], budget + call.draft)
         assert_best(call.before, call.after, score(done.text, call), forced, counts, note)
         gone += int((call.before & ~call.after).sum())
     assert gone > 0, "nothing was evicted: the test says nothing"

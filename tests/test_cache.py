@@ -225,7 +225,7 @@ def test_use_after_close_raises(cache, rng):
 
 
 def test_a_view_outlives_everything_and_then_all_is_gone(rng):
-    files, maps = len(os.listdir("/proc/self/fd")), own_maps()
+    maps, files = own_maps(), len(os.listdir("/proc/self/fd"))
     cache = KVCache(layout_of("per_layer"), slots=2, budget_bytes=1 << 20)
     sequence = cache.open()
     fill(cache, [sequence], 100, rng)
@@ -238,12 +238,12 @@ def test_a_view_outlives_everything_and_then_all_is_gone(rng):
     assert torch.equal(view, expected)
     assert own_maps() > maps
     del view
-    gc.collect()
     assert own_maps() == maps
     assert len(os.listdir("/proc/self/fd")) == files
 
 
 def own_maps() -> int:
+    gc.collect()  # what earlier tests have left
     with open("/proc/self/maps") as lines:
         return sum("memfd:vattn" in line for line in lines)
 
@@ -253,7 +253,6 @@ def test_a_dropped_cache_leaves_nothing(rng):
     cache = KVCache(layout_of("all_layers"), slots=2, budget_bytes=1 << 20)
     fill(cache, [cache.open()], 100, rng)
     del cache
-    gc.collect()
     assert own_maps() == maps
 
 

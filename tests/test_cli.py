@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
+from tests.cli import complaint, run_json, runner
 from vattn.cli import app, parse_bytes
 from vattn.policies.names import named
 from vattn.report import cat_peak, cat_rows, size, step_peak
 from vattn.shape import ModelShape
 
-runner = CliRunner()
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = "It is a truth universally acknowledged, that a single man"
 
 # Llama 3 8B, bfloat16: a row of K in one layer is 8 heads * 128 * 2 B = 2 KiB, a token 128 KiB.
@@ -29,33 +29,6 @@ LLAMA_3_8B = {
     "max_position_embeddings": 8192,
     "torch_dtype": "bfloat16",
 }
-
-
-def run_json(*arguments: object, code: int = 0) -> dict:
-    """Run with ``--json``: stdout must be one object and nothing else."""
-    done = runner.invoke(app, [*map(str, arguments), "--json"])
-    assert done.exit_code == code, done.output + done.stderr
-    return json.loads(done.stdout)
-
-
-def complaint(*arguments: object) -> str:
-    """Run what must be refused: one line on stderr, exit code 2, nothing on stdout."""
-    done = runner.invoke(app, list(map(str, arguments)))
-    assert done.exit_code == 2, done.output
-    assert done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1
-    return done.stderr
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only lose by waiting for a second thread on a busy machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import vattn.evictors
 import vattn.policies
+from tests.cli import complaint, run_json, runner
 from vattn.cli import app
 from vattn.evictor import Evictor, EvictorError
 from vattn.evictors import H2O, SnapKV
-from vattn.evictors.names import evictor, kebab, named
+from vattn.evictors.names import evictor, named
 from vattn.generate import Generator
 from vattn.keeps import HELD
 from vattn.kept_picture import colours, mixed
+from vattn.names import kebab
 from vattn.policies.names import named as selectors
 from vattn.request import Request
 from vattn.selector import Selector
 
-runner = CliRunner()
-
-
-def run_json(*arguments: object) -> dict:
-    """Run with ``--json``: stdout must be one object and nothing else."""
-    done = runner.invoke(app, [*map(str, arguments), "--json"])
-    assert done.exit_code == 0, done.output + done.stderr
-    return json.loads(done.stdout)
-
-
-def complaint(*arguments: object) -> str:
-    """Run what must be refused: one line on stderr, exit code 2, nothing on stdout."""
-    done = runner.invoke(app, list(map(str, arguments)))
-    assert done.exit_code == 2, done.output
-    assert done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1
-    return done.stderr
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only lose by waiting for a second thread on a busy machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +57,12 @@ def test_all_policies_are_listed():
     for row in listed:
         assert all(row[field] for field in ("scores", "source", "evidence")), row
         assert row["grain"] in ("token", "page")
-        assert row["returns_memory"] == (row["kind"] == "evictor")
+        assert row["returns_memory"] == (row["kind"] != "selector")
     usable = {row["name"]: row["option"] for row in listed if row["option"]}
     assert usable == {
         **dict.fromkeys(selectors(), "--select"),
         **dict.fromkeys(named(), "--policy"),
+        "lorc": "--lorc",
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.attention import fresh_seed
-from tests.decoding import SMALL, Case, assert_close, plain, scaled, spread
+from tests.decoding import SMALL, Case, assert_close, plain, scaled, scored, spread
 from tests.guard import PAGE, allow, fenced, outcome
 from tests.places import PLACES
 from vattn.kernels.deals import Workspace, workspace_for
@@ -70,6 +70,12 @@ CASES = {
 }
 
 
+# Of which logits are looked at: each kind of score and of tile.
+TOLD = ["groups of 3, D and Dv of no power of 2", "window and sinks", "slots"]
+TOLD += ["softcap, slopes, negative scale", "a tree each, shorter sequence"]
+TOLD += ["two tiles of query rows", "negative scale, bfloat16"]
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", CASES)
 def test_exact(name: str, place: str) -> None:
@@ -80,6 +86,25 @@ def test_exact(name: str, place: str) -> None:
     workspace = workspace_for(query, kv, scores, one_launch=one_launch)
     out, lse = decode_lse(query, kv, scores, tree=tree, workspace=workspace)
     assert_close(out, lse, query, kv, scores, tree)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", TOLD)
+def test_logits_are_what_queries_score(name: str, place: str) -> None:
+    """The bits of the result are those without them."""
+    case = Case(**{**vars(CASES[name]), "place": place})
+    query, kv, scores, tree = case.make()
+    lines = (len(query), case.kv_heads, case.heads // case.kv_heads * case.tokens)
+    logits = torch.full((*lines, max(case.lengths)), float("nan"), device=place)
+    told = decode_lse(query, kv, scores, tree=tree, logits=logits)
+    plain = decode_lse(query, kv, scores, tree=tree)
+    assert all(torch.equal(some, other) for some, other in zip(told, plain, strict=True))
+    exact = scored(query, kv, scores, tree)
+    atol = 1e-4 if case.dtype == torch.float32 else 2e-2
+    for b, (length, line) in enumerate(zip(case.lengths, exact, strict=True)):
+        found = logits[b].cpu().double()
+        assert bool((found[..., length:] == -torch.inf).all())
+        torch.testing.assert_close(found[..., :length], line, atol=atol, rtol=1e-5)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -68,7 +68,7 @@ def test_protected_keeps_both_ends_within_the_budget(seed, base, fresh):
     done, alone = run(one, Protected(base, share=0.15)), run(one, base)
     lost = torch.zeros(one.tokens)
     for call, plain in zip(done.calls, alone.calls, strict=True):
-        if base.decodes or call.prompt or fresh == 20:
+        if base.decodes or call.prompt:
             kept = ends(call, 6, 6) & (call.age >= 0)
             assert bool((call.after[..., kept]).all()), f"seed {seed}, tokens to {call.stop}"
             if call.prompt:

@@ -23,7 +23,7 @@ from tests.evictor_cases import (
     run,
     text,
 )
-from tests.evictor_checks import BUDGET, FRESH, check, draft, ends, evictions, written
+from tests.evictor_checks import BUDGET, FRESH, check, ends, evictions, written
 from vattn.evictor import Evictor, EvictorError
 from vattn.evictors.keydiff import KeyDiff
 from vattn.evictors.knorm import Knorm
@@ -130,7 +130,7 @@ def test_lagkv_keeps_of_each_part_what_varies_most(seed, fresh, budget, across):
                     # By rank, parts keep as many; of equal ranks the earlier part's stays.
                     rank = score.argsort().argsort().double() / 8 - number / 1000
                     scores[at] = score if across else rank
-                many = torch.tensor(budget + draft(call))
+                many = torch.tensor(budget + call.draft)
                 forced = ends(call, 4, 0)
                 if across:
                     assert_best(before, after, scores, forced, many, note)
@@ -164,7 +164,7 @@ def test_pools_keep_what_was_used_last_or_most(seed, kind, fresh, rows, half):
     places = torch.arange(done.text.tokens).double()
     for call, _, note in evictions(done, evictor, seed):
         score = state[call.layer]
-        asked = rows if call.prompt or fresh == 20 else None
+        asked = rows if call.prompt else None
         if kind is PoolLru:
             score = score.maximum(places * call.before)
         if asked != 0:
@@ -176,7 +176,7 @@ def test_pools_keep_what_was_used_last_or_most(seed, kind, fresh, rows, half):
             else:
                 score = score + used.sum(2)
         forced = ends(call, 0, BUDGET // 2 if half else 0)
-        counts = torch.full((2, 2), BUDGET + draft(call))
+        counts = torch.full((2, 2), BUDGET + call.draft)
         assert_best(call.before, call.after, score, forced, counts, note)
         assert_recorded(call, score, note, rtol=0)
         state[call.layer] = score * call.after

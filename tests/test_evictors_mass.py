@@ -29,6 +29,7 @@ from tests.evictor_cases import (
     run,
     text,
 )
+from tests.evictor_checks import FRESH, written
 from vattn.eviction import SCORE, Eviction
 from vattn.evictor import Evictor, EvictorError
 from vattn.evictors.adakv import AdaKV
@@ -46,9 +47,6 @@ from vattn.heads import HeadCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# New tokens at a time: a step that drops one, and one that drops several.
-FRESH = [1, 3]
-
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
@@ -57,10 +55,6 @@ def seed() -> int:
 
 def note(seed: int, call: Call) -> str:
     return f"seed {seed}, layer {call.layer}, tokens {call.start} to {call.stop} "
-
-
-def written(seed: int, fresh: int = 1, **options: Any) -> Text:
-    return text(seed, fresh=fresh, steps={1: 22, 3: 8, 20: 2}[fresh], **options)
 
 
 def totals(done: Run) -> list[Tensor]:
@@ -396,7 +390,7 @@ def test_simlayerkv_trims_the_lazy_layer_alone(seed: int, window: int, fresh: in
     lazy = {}
     for call in done.calls:
         ends = (call.since < 12) | (torch.arange(done.text.tokens) < 4)
-        if call.prompt or fresh == 20:
+        if call.prompt:
             mass = attention(done.text, call, rows=window)[..., ends].sum(-1).mean((1, 2, 3))
             lazy[call.layer] = (mass > 0.8)[:, None, None]
             assert bool(((mass - 0.8).abs() > 1e-4).all())

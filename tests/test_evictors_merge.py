@@ -22,7 +22,7 @@ from tests.evictor_cases import (
     run,
     text,
 )
-from tests.evictor_checks import FRESH, draft, written
+from tests.evictor_checks import FRESH, written
 from tests.evictor_session import rows, session
 from vattn.evictor import Evictor, EvictorError
 from vattn.evictors.cascading import Cascading
@@ -60,7 +60,7 @@ def test_an_elastic_step_drops_tokens_at_a_distance_from_the_end(seed, distance,
             continue
         for b in range(2):
             at = call.before[b, 0].nonzero().flatten().tolist()
-            settled = at[: len(at) - draft(call)]
+            settled = at[: len(at) - call.draft]
             # The first and the last token are never dropped.
             free = sorted(
                 settled[1:-1], key=lambda t: abs(len(settled) - settled.index(t) - distance)
@@ -226,7 +226,7 @@ def check_cascading(one: Text, evictor: Cascading, window: int, seed: int) -> No
     state, came = torch.zeros(2, 2, 2, one.tokens).double(), [0, 0]
     for call in run(one, evictor).calls:
         note = f"seed {seed}, layer {call.layer}, tokens {call.start} to {call.stop}"
-        asked = rows if call.stop - call.start > 16 else None
+        asked = rows if call.prompt else None
         weights = attention(one, call, asked).mean(2)  # [B, H, r, T]
         score = state[call.layer]
         for weight in weights.unbind(2):
@@ -234,13 +234,13 @@ def check_cascading(one: Text, evictor: Cascading, window: int, seed: int) -> No
         for b in range(2):
             for h in range(2):
                 mine = rings[call.layer, b, h]
-                settled = call.stop - draft(call)
+                settled = call.stop - call.draft
                 for t in range(max(came[call.layer], sinks), settled):
                     mine.arrive(t, t - sinks, score[b, h])
                 want = mine.held() | set(range(sinks)) | set(range(settled, call.stop))
                 assert set(call.after[b, h].nonzero().flatten().tolist()) == want, note
-                assert len(want) <= sinks + evictor.rings * window + draft(call)
-        came[call.layer] = call.stop - draft(call)
+                assert len(want) <= sinks + evictor.rings * window + call.draft
+        came[call.layer] = call.stop - call.draft
         # Sums of 72 steps of float32.
         assert_recorded(call, score, note, rtol=1e-3)
         state[call.layer] = score * call.after

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.attention import fresh_seed
+from vattn import heads_attention
 from vattn.allocator.errors import OutOfPages, OutOfRange
 from vattn.heads import HeadCache, KeepError
 from vattn.heads_order import reorder
@@ -109,6 +110,32 @@ def test_queries_read_what_each_head_has_kept(cache: HeadCache, length: int):
     out, lse = cache.attend_lse(query, 1)
     assert (out.double() - mirror.attended(query)).abs().max() < 2e-6
     assert lse.shape == query.shape[:3]
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("way", ["stream", "looked at again", "triton"])
+def test_logits_by_any_way(cache: HeadCache, way: str, length: int, monkeypatch):
+    mirror = Mirror(cache, 1)
+    mirror.append(40)
+    mirror.keep(0.6)
+    mirror.append(length)
+    query = torch.randn(BATCH, 2 * HEADS, length, DIM)
+    out, lse = cache.attend_lse(query, 1, scale=0.3)
+    if way == "looked at again":
+        monkeypatch.setattr(heads_attention, "streams", lambda rows: False)
+    elif way == "triton":
+        monkeypatch.setattr(heads_attention, "streamed", heads_attention.launched)
+    found = cache.attend_logits(query, 1, scale=0.3)
+    torch.testing.assert_close(found[0], out, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1], lse, atol=1e-5, rtol=0)
+    for (b, h), rows in mirror.rows.items():
+        keys = torch.stack([k for _, k, _ in rows])
+        exact = 0.3 * query[b, 2 * h : 2 * h + 2].double() @ keys.double().T
+        hidden = torch.arange(len(rows)) > len(rows) - length + torch.arange(length)[:, None]
+        exact = exact.masked_fill(hidden, EMPTY).flatten(0, 1)
+        line = found[2][b, h].double()
+        torch.testing.assert_close(line[:, : len(rows)], exact, atol=1e-5, rtol=0)
+        assert bool((line[:, len(rows) :] == EMPTY).all())
 
 
 def test_forgetting_one_row_moves_the_last_into_its_place(cache: HeadCache):

@@ -23,13 +23,24 @@ ROWS = [
     {"engine"},
     {"scheduler"},
     {"hf", "hf_attention", "hf_layers", "hf_sparse", "hf_static", "hf_store"}
-    | {"hf_heads", "hf_kept"}
+    | {"hf_press", "hf_versions", "hf_watch"}
+    | {"hf_batch", "hf_heads", "hf_kept", "hf_latent", "hf_latent_rows", "hf_lorc"}
     | {"speculate", "parallel"},
     {"dropin", "registry"},
     {"sdpa", "sdpa_op", "sdpa_checks", "sdpa_gpu", "sdpa_gpu_op", "paths", "paths_gpu", "policies"}
     | {"ragged", "ragged_gpu", "sparse", "selector", "reads", "calibrate"}
-    | {"evictor", "evictors", "eviction", "heads", "heads_order", "keeps"},
-    {"records", "tiers", "tiers_pages"},
+    | {
+        "evictor",
+        "evictors",
+        "eviction",
+        "heads",
+        "heads_attention",
+        "heads_order",
+        "keeps",
+        "narrow_attention",
+    }
+    | {"lorc"},
+    {"records", "tiers", "tiers_pages", "narrow"},
     {"prefix", "cache"},
     {
         "batch",
@@ -37,13 +48,14 @@ ROWS = [
         "lengths",
         "tiers_history",
         "tiers_order",
+        "reclaimer",
         "rows",
         "sequence",
         "slots",
         "track",
         "usage",
     },
-    {"device", "tensor", "layout", "shape"},
+    {"device", "tensor", "layout", "names", "shape"},
 ]
 RANK = {name: rank for rank, row in enumerate(reversed(ROWS)) for name in row}
 
@@ -54,8 +66,10 @@ KERNELS_MAY = {"llvmlite", "numba", "numpy", "torch", "triton"}
 VATTN_MAY = {"numpy", "torch"}
 FACE_MAY = VATTN_MAY | {"typer", "rich", "matplotlib", "transformers", "safetensors", "psutil"}
 HF = {"hf", "hf_attention", "hf_layers", "hf_sparse", "hf_static", "hf_store"}
-HF |= {"hf_heads", "hf_kept"}
+HF |= {"hf_press", "hf_versions", "hf_watch"}
+HF |= {"hf_batch", "hf_heads", "hf_kept", "hf_latent", "hf_latent_rows", "hf_lorc"}
 MAY = {
+    "names": set(),
     "shape": set(),
     "scheduler": {"numpy"},
     **dict.fromkeys(HF, VATTN_MAY | {"transformers"}),
@@ -147,9 +161,8 @@ def test_policies_know_kernels_and_their_protocol_alone(path):
         place = f"{named(path)}:{found.line} imports {found.name}"
         assert not outside(found, {"torch"}), place
         if found.top == "vattn":
-            assert found.name.startswith(("vattn.kernels", "vattn.selector", "vattn.policies")), (
-                place
-            )
+            below = ("vattn.kernels", "vattn.names", "vattn.policies", "vattn.selector")
+            assert found.name.startswith(below), place
 
 
 def test_modules_of_a_row_form_no_cycle():

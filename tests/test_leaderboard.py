@@ -14,7 +14,7 @@ from bench.harness import Bench
 from bench.kept import recording, roster, scripts
 from bench.kept.cells import Cell, Cells, Key, Mean
 from bench.kept.playing import EVERYTHING, apart, play, resized
-from bench.kept.reading import Reading, read
+from bench.kept.reading import Mark, Reading, read
 from bench.kept.roster import Facts, Grain
 from bench.toys.net import Sizes, Toy, dense
 from vattn.eviction import SCORE
@@ -99,6 +99,20 @@ def test_a_rewound_question_leaves_no_trace():
     reading.feed(some.asked[1, :, :2])
     reading.rewind(start)
     assert torch.equal(reading.feed(some.asked[0, :, :1]), first)
+    reading.close()
+
+
+def test_steps_count_from_the_end_of_a_prompt_that_was_rewound():
+    net = toy()
+    rng = torch.Generator().manual_seed(6)
+    prompt = read(net, torch.randint(VOCAB, (2, CONTEXT), generator=rng))
+    reading = Reading(net, Streaming(budget=24, recent_tokens=4, every=4), prompt, 4)
+    reading.rewind(Mark(CONTEXT - 3, [part.hidden[:, -4:-3] for part in prompt.parts]))
+    held = []
+    for _ in range(4):
+        reading.feed(torch.randint(VOCAB, (2, 1), generator=rng))
+        held.append(reading.held())
+    assert held == [22, 23, 24, 24]
     reading.close()
 
 

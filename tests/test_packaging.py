@@ -14,9 +14,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = [
+    path.parent.relative_to(ROOT)
+    for path in sorted((ROOT / "vattn").glob("*/__init__.py"))
+    if not path.parent.is_symlink()
+]
 SOURCES = [
     path.relative_to(ROOT)
-    for folder in ("vattn", "allocator", "kernels")
+    for folder in ("vattn", *PARTS, "allocator", "kernels")
     for path in sorted((ROOT / folder).glob("*.py"))
 ]
 INSTALLED = {source if source.parts[0] == "vattn" else Path("vattn") / source for source in SOURCES}

@@ -202,7 +202,9 @@ def ragged(
 def test_ragged_and_causal(length: int, rows: str, window: int, cut: None) -> None:
     lengths = [37, 4, 150, 11, 2]
     query, given, pairs = ragged(lengths, length, torch.float32, rows)
-    out, lse = stream_ragged(query, given, window=window)
+    groups = query.shape[1] // given.kv_heads
+    logits = torch.full((len(lengths), given.kv_heads, groups * length, 153), float("nan"))
+    out, lse = stream_ragged(query, given, window=window, logits=logits)
     for i, (key, value) in enumerate(pairs):
         positions = torch.arange(lengths[i] - length, lengths[i])[:, None]
         keys = torch.arange(lengths[i])[None]
@@ -212,6 +214,22 @@ def test_ragged_and_causal(length: int, rows: str, window: int, cut: None) -> No
         exact, exact_lse = reference(query[i : i + 1], key, value, keep)
         torch.testing.assert_close(out[i : i + 1].double(), exact, atol=1e-5, rtol=0)
         torch.testing.assert_close(lse[i : i + 1].double(), exact_lse, atol=1e-5, rtol=0)
+        rows_of = query[i].double().unflatten(0, (given.kv_heads, groups))
+        wanted = torch.full(logits.shape[1:], -torch.inf, dtype=torch.float64)
+        scores = torch.einsum("hgld,hsd->hgls", rows_of, key[0].double()) / 4
+        wanted[..., : lengths[i]] = scores.masked_fill(~keep, -torch.inf).flatten(1, 2)
+        torch.testing.assert_close(logits[i].double(), wanted, atol=1e-5, rtol=0)
+    again = stream_ragged(query, given, window=window)
+    assert torch.equal(out, again[0])
+    assert torch.equal(lse, again[1])
+
+
+@numba
+@pytest.mark.parametrize("shape", [(1, 3, 4, 36), (2, 3, 4, 37), (1, 3, 37)])
+def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    query, given, _ = ragged([37], 1, torch.float32, "head_major")
+    with pytest.raises(ValueError, match=r"logits must be contiguous float32 \[1, 3, 4, 37\]"):
+        stream_ragged(query, given, logits=torch.empty(shape))
 
 
 def test_refused_with_the_reason() -> None:

@@ -14,7 +14,7 @@ and the next `open` adopts it. In steady state no step makes a system call.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from typing import NoReturn, SupportsIndex
 
@@ -33,6 +33,7 @@ from .device import Streams, open_pool, place_of
 from .follower import Follower
 from .layout import Layout, LayoutError
 from .lengths import Lengths
+from .reclaimer import enlist
 from .rows import Rows
 from .sequence import Sequence, View
 from .slots import Slots
@@ -149,9 +150,7 @@ class KVCache:
         self.opened = self._slots.generation
         self.versions = np.zeros(slots, np.int64)  # grows when rows that a view saw go away
         self.followers: weakref.WeakSet[Follower] = weakref.WeakSet()
-        self._reclaim = _weak_reclaimer(self)
-        pool.reclaimers.append(self._reclaim)
-        weakref.finalize(self, forget_reclaimer, pool.reclaimers, self._reclaim)
+        self._leave_pool = enlist(pool, self)
         self.warmer: Warmer | None = None
         self.closed = False
         if warm_bytes:
@@ -587,9 +586,9 @@ class KVCache:
         if self.closed:
             return
         self.closed = True
+        self._leave_pool()
         if self.warmer is not None and not self.arena.turn.foreign:
             self.warmer.close()
-        forget_reclaimer(self.pool.reclaimers, self._reclaim)
         for follower in list(self.followers):
             follower.closed()
         self.arena.close()
@@ -660,23 +659,3 @@ class KVCache:
             return slice(None)
         physical = self.layout.physical(layer)
         return slice(physical, physical + 1)
-
-
-def _weak_reclaimer(cache: KVCache) -> Callable[[int], None]:
-    """The pool may ask the cache for pages, but must not keep it alive."""
-    ref = weakref.ref(cache)
-
-    def reclaim(pages: int) -> None:
-        alive = ref()
-        if alive is not None and not alive.closed:
-            alive.reclaim(pages)
-
-    return reclaim
-
-
-def forget_reclaimer(
-    reclaimers: list[Callable[[int], None]], reclaim: Callable[[int], None]
-) -> None:
-    """A reclaimer that is gone, or closed, is asked no more."""
-    if reclaim in reclaimers:
-        reclaimers.remove(reclaim)

@@ -1,4 +1,5 @@
-"""Every policy in a table: evictors, which keep, and selectors, which choose what to read."""
+"""Every policy in a table: evictors, which keep, selectors, which choose what to read, and
+compressors, which hold every token in less."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from vattn.report import plain_table
 if TYPE_CHECKING:
     from rich.table import Table
 
-OPTIONS = {"evictor": "--policy", "selector": "--select"}
+OPTIONS = {"evictor": "--policy", "selector": "--select", "compressor": "--lorc"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Row:
 
     Args:
         name: as the command line has it.
-        kind: "evictor" or "selector".
+        kind: "evictor", "selector" or "compressor".
         scores: what it goes by, in a line.
         evidence: the same in the words of `Caps`.
         grain: "token" or "page".
@@ -44,8 +45,8 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Evictors, then selectors, each by name."""
-    return [*_evictors(), *_selectors()]
+    """Evictors, then selectors, each by name, then compressors."""
+    return [*_evictors(), *_selectors(), *_compressors()]
 
 
 def _evictors() -> list[Row]:
@@ -64,17 +65,12 @@ def _evictors() -> list[Row]:
 
 
 def _selectors() -> list[Row]:
-    import vattn.policies
-    from vattn.evictors.names import kebab
-    from vattn.policies.names import named
-    from vattn.selector import Selector
+    from vattn.policies.names import kinds, named
 
-    usable = set(named().values())
-    found = (getattr(vattn.policies, name) for name in vattn.policies.__all__)
-    listed = [kind for kind in found if isinstance(kind, type) and issubclass(kind, Selector)]
-    made = [
+    usable = named()
+    return [
         Row(
-            kebab(kind.__name__),
+            name,
             "selector",
             _first_line(kind.__doc__ or ""),
             tuple(sorted(kind.caps.evidence)),
@@ -83,11 +79,18 @@ def _selectors() -> list[Row]:
             True,
             False,
             _paper(kind.__doc__ or ""),
-            OPTIONS["selector"] if kind in usable else None,
+            OPTIONS["selector"] if name in usable else None,
         )
-        for kind in listed
+        for name, kind in sorted(kinds().items())
     ]
-    return sorted(made, key=lambda row: row.name)
+
+
+def _compressors() -> list[Row]:
+    from vattn import lorc
+
+    scores = "low-rank K and V projections: their SVD, or what a sample of text shows"
+    row = (scores, ("offline",), "token", "layer", True, True, _paper(lorc.__doc__ or ""))
+    return [Row("lorc", "compressor", *row, OPTIONS["compressor"])]
 
 
 def tables(listed: list[Row]) -> list[Table]:
@@ -96,6 +99,7 @@ def tables(listed: list[Row]) -> list[Table]:
     for kind, title in (
         ("evictor", "Evictors (--policy NAME): what they drop is gone, and its memory with it"),
         ("selector", "Selectors (--select NAME): all stays, little is read"),
+        ("compressor", "Compressors (--lorc SHARE): all stays, in fewer bytes"),
     ):
         table = plain_table(title)
         for column in ("name", "goes by", "grain", "returns memory", "source"):

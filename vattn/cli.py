@@ -87,6 +87,12 @@ def generate(
         str | None,
         typer.Option(help="Keep few tokens, and their memory: h2o, snapkv, ... (vattn policies)."),
     ] = None,
+    lorc: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep every token in this share of the bytes, such as 50%: latents of K and V."
+        ),
+    ] = None,
     host_tier: Annotated[
         str | None, typer.Option(help="Most bytes of pages in memory; the others lie in a file.")
     ] = None,
@@ -129,6 +135,7 @@ def generate(
             select=select,
             budget=budget,
             policy=policy,
+            lorc=lorc,
             host_bytes=parse_bytes(host_tier, "--host-tier"),
             seed=seed,
             temperature=temperature,
@@ -211,7 +218,7 @@ def plan(
 
 @app.command()
 def policies(as_json: Json = False) -> None:
-    """List what --policy may keep by, and --select read by."""
+    """List what --policy may keep by, --select read by, and --lorc hold."""
     with plain_errors():
         from vattn.catalog import rows, tables
 

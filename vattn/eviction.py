@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,11 +25,7 @@ from torch import Tensor
 from .batch import Ints
 from .evictor import Evictor, EvictorError, Kept, Seen, Step
 from .heads import HeadCache
-from .kernels import score as scoring
-from .kernels.columns import padded
 from .kernels.compact import as_rows
-from .kernels.contract import EMPTY
-from .kernels.index import Index
 from .kernels.kv import MOST_TOKENS
 from .layout import LayoutError
 from .sdpa import scaled_dot_product_attention
@@ -42,14 +39,27 @@ Watcher = Callable[[int, Seen, Tensor], None]
 class State:
     """What is recorded of one layer beside its rows."""
 
-    prompt: Tensor  # [B] tokens of the text when the last prompt ended
-    fresh: Tensor  # [B] tokens of the last `append`
+    prompt: Ints  # [B] tokens of the text when the last prompt ended
+    fresh: Ints  # [B] tokens of the last `append`
     given: int = 0  # its rows, padding among them
     steps: int = 0
     evicted: int = 0
-    budgets: Tensor | None = None  # [B, H], of an evictor that cascades
+    target: Tensor | None = None  # [B] of that prompt
+    budgets: Tensor | None = None  # [B, H] after the last prompt, once they are known
+    limits: Ints | None = None  # `budgets` on the host
     seen: Seen | None = None  # of a prompt that waits for the other layers
     scores: Tensor | None = None
+
+    def hold(self, budgets: Tensor | None) -> None:
+        """Set the budgets."""
+        self.budgets, self.limits = budgets, None if budgets is None else budgets.cpu().numpy()
+
+    def picked(self, order: list[int]) -> State:
+        """The same of sequences ``order``."""
+        target = None if self.target is None else self.target[order]
+        twin = replace(self, prompt=self.prompt[order], fresh=self.fresh[order], target=target)
+        twin.hold(None if self.budgets is None else self.budgets[order])
+        return twin
 
 
 class Eviction:
@@ -73,6 +83,11 @@ class Eviction:
                 raise EvictorError(
                     f"dense_layers has {layer}: the cache has layers 0 to {heads.layers - 1}"
                 )
+        if evictor.narrows and (evictor.cascades or evictor.joint or evictor.merges):
+            raise EvictorError(
+                f"{type(evictor).__name__} narrows rows, and decides for several layers or merges "
+                "tokens as well: it can be one of these"
+            )
         self.heads, self.evictor, self.outputs = heads, evictor, outputs
         self.watchers: list[Watcher] = []
         self._every = [i for i in range(heads.layers) if i not in evictor.dense_layers]
@@ -89,7 +104,16 @@ class Eviction:
         stays."""
         self.heads.crop(layer, tokens)
         state = self._states[layer]
-        state.prompt = torch.minimum(state.prompt, self._tokens(layer))
+        budgets = state.budgets if self.evictor.cascades else None
+        self._begin(layer, np.minimum(state.prompt, self.heads.tokens[layer]))
+        state.hold(budgets)
+
+    def follow(self, evictor: Evictor) -> None:
+        """Another evictor from now on, with its own budget for the prompts there were. Scores
+        stay."""
+        self.evictor = evictor
+        for layer, state in enumerate(self._states):
+            self._begin(layer, state.prompt)
 
     def picked(self, heads: HeadCache, order: list[int]) -> Eviction:
         """The same over ``heads``, whose sequence i holds what sequence ``order[i]`` held here."""
@@ -97,15 +121,7 @@ class Eviction:
         index = torch.tensor(order, device=heads.device)
         twin.watchers = self.watchers
         twin._preferences = [each[index] for each in self._preferences]
-        twin._states = [
-            replace(
-                state,
-                prompt=state.prompt[index],
-                fresh=state.fresh[index],
-                budgets=None if state.budgets is None else state.budgets[index],
-            )
-            for state in self._states
-        ]
+        twin._states = [state.picked(order) for state in self._states]
         return twin
 
     def append(self, layer: int, k: Tensor, v: Tensor, counts: Ints | None = None) -> None:
@@ -126,7 +142,7 @@ class Eviction:
             )
         self.heads.append(layer, k, v, counts)
         self._states[layer].given = new
-        self._states[layer].fresh = torch.from_numpy(added.astype(np.int64)).to(self.heads.device)
+        self._states[layer].fresh = added
 
     def attend(
         self,
@@ -154,28 +170,33 @@ class Eviction:
                 f"layer {layer} got {state.given} rows and {length} queries: append first, through "
                 "this Eviction"
             )
-        lse = None
+        lse = logits = None
         if attended is None:
             if length > int(heads.tokens[layer].min()):
                 raise LayoutError(
                     f"layer {layer} holds fewer tokens than the {length} queries: append first; "
                     "where they are padded, pass attended"
                 )
-            attended, lse = heads.attend_lse(query, layer, scale=factor)
+            if evictor.watches and not prompt and layer not in evictor.dense_layers:
+                attended, lse, logits = heads.attend_logits(query, layer, scale=factor)
+            else:
+                attended, lse = heads.attend_lse(query, layer, scale=factor)
         if layer in evictor.dense_layers:
-            state.prompt = self._tokens(layer)
+            state.prompt = heads.tokens[layer].copy()
             return attended
         if prompt:
             self._prompt(query, layer, factor, length, hidden)
         else:
-            self._step(query, layer, factor, lse)
+            if evictor.watches and logits is None:
+                logits = heads.logits(query, layer, factor)
+            self._step(layer, length, factor, lse, logits)
         return attended
 
     def kept(self) -> list[Kept]:
         """What each layer has kept so far."""
         found = []
         for layer, state in enumerate(self._states):
-            lengths = self.heads.lengths(layer)
+            lengths = self.heads.held(layer)
             found.append(
                 Kept(
                     int(self.heads.tokens[layer].sum()),
@@ -194,7 +215,7 @@ class Eviction:
         state, evictor = self._states[layer], self.evictor
         if layer == self._every[0]:
             self._preferences.clear()
-        state.prompt = self._tokens(layer)
+        self._begin(layer, self.heads.tokens[layer].copy())
         seen = self._seen(layer, scale)
         seen.fresh, seen.hidden = length, hidden
         # Padded prompts are of different lengths: each has queries of its own.
@@ -222,7 +243,27 @@ class Eviction:
             evictor.choose(score, part, evictor.budgets(part))
             for score, part in zip(found, parts, strict=True)
         ]
-        self._keep(layer, seen, _side_by_side(chosen))
+        if not (evictor.narrows and self._narrow(layer, seen, parts, chosen)):
+            self._keep(layer, seen, _side_by_side(chosen))
+
+    def _narrow(self, layer: int, seen: Seen, parts: list[Seen], chosen: list[Tensor]) -> bool:
+        """Keep the rows of the masks, of which some become narrow; False where none does."""
+        found = [
+            self.evictor.narrowed(part, mask & part.valid)
+            for part, mask in zip(parts, chosen, strict=True)
+        ]
+        some = [each for each in found if each is not None]
+        if len(some) < len(found):
+            return False
+        mask = _side_by_side(chosen) & seen.valid
+        gone = int(seen.counts.sum()) - int(mask.sum())
+        for watch in self.watchers if gone else ():
+            watch(layer, seen, mask)
+        old = _side_by_side([rows for rows, _ in some]) & mask
+        self.heads.narrow(layer, mask, old, torch.cat([channels for _, channels in some]))
+        self._states[layer].evicted += gone
+        self.heads.release()
+        return True
 
     def _cascade(self, layer: int, seen: Seen) -> None:
         """Budgets of all layers so far follow from what they prefer; they only shrink."""
@@ -232,7 +273,7 @@ class Eviction:
         for i, share in zip(self._every, shares, strict=False):
             now = seen if i == layer else self._seen(i, seen.scale)
             budgets = share[:, None].expand(now.counts.shape)
-            self._states[i].budgets = budgets
+            self._states[i].hold(budgets)
             self._keep(i, now, self.evictor.choose(now.score, now, budgets))
 
     def _jointly(self, target: Tensor) -> None:
@@ -245,66 +286,64 @@ class Eviction:
             self._keep(i, some, mask)
             self._states[i].seen = self._states[i].scores = None
 
+    def _begin(self, layer: int, tokens: Ints) -> None:
+        """A prompt of so many tokens is what budgets are for from now on."""
+        state = self._states[layer]
+        state.prompt = tokens
+        state.target = self.evictor.target(torch.from_numpy(tokens).to(self.heads.device))
+        state.hold(None)
+
     def _tokens(self, layer: int) -> Tensor:
         return torch.from_numpy(self.heads.tokens[layer].copy()).to(self.heads.device)
 
     def _fresh(self) -> State:
-        zeros = torch.zeros(self.heads.batch, dtype=torch.int64, device=self.heads.device)
+        zeros = np.zeros(self.heads.batch, np.int64)
         return State(zeros, zeros)
 
     def _is_prompt(self, layer: int, length: int) -> bool:
-        return length > MOST_TOKENS or not bool(self._states[layer].prompt.any())
+        return length > MOST_TOKENS or not self._states[layer].prompt.any()
 
     # ---- steps ---------------------------------------------------------------------------------
-    def _step(self, query: Tensor, layer: int, scale: float, lse: Tensor | None) -> None:
-        state, evictor, length = self._states[layer], self.evictor, query.shape[2]
+    def _step(
+        self, layer: int, length: int, scale: float, lse: Tensor | None, logits: Tensor | None
+    ) -> None:
+        state, evictor = self._states[layer], self.evictor
         state.steps += 1
-        if evictor.watches:
-            self._observe(query, layer, scale, lse)
+        if logits is not None:
+            self._observe(layer, length, logits, lse)
         # By tokens, not steps: a step that failed and is taken back leaves no trace.
-        behind = int((self._tokens(layer) - state.prompt).max())
+        behind = int((self.heads.tokens[layer] - state.prompt).max())
         if not evictor.decodes or behind // evictor.every == (behind - length) // evictor.every:
             return
-        seen = self._seen(layer, scale)
-        seen.fresh, seen.draft = length, length - 1
-        budgets = evictor.budgets(seen) if state.budgets is None else state.budgets
-        budgets = budgets + seen.draft
-        excess = seen.counts - budgets
-        if not evictor.adaptive and not bool((excess > 0).any()):
+        if state.budgets is None:
+            state.hold(evictor.budgets(self._seen(layer, scale)))
+        assert state.limits is not None
+        draft = length - 1
+        # On the host, where lengths are known: a device need not be waited for.
+        excess = self.heads.lengths(layer) - state.limits - draft
+        if not evictor.adaptive and not (excess > 0).any():
             return
+        seen = self._seen(layer, scale)
+        seen.fresh, seen.draft = length, draft
         scores = evictor.rescore(seen)
-        if type(evictor).choose is Evictor.choose and bool((excess == 1).all()):
+        if type(evictor).choose is Evictor.choose and (excess == 1).all():
             self._drop_one(layer, seen, evictor.worst(scores, seen))
             return
-        mask = evictor.choose(scores, seen, budgets)
+        assert state.budgets is not None
+        mask = evictor.choose(scores, seen, state.budgets + draft)
         if evictor.merges:
             self._keep(layer, seen, mask)
         else:
             self._drop(layer, seen, seen.valid & ~mask)
 
-    def _observe(self, query: Tensor, layer: int, scale: float, lse: Tensor | None) -> None:
+    def _observe(self, layer: int, length: int, logits: Tensor, lse: Tensor | None) -> None:
         """Let the evictor see the attention of a decode step."""
         heads, state = self.heads, self._states[layer]
-        rows, kv, longest = heads.rows_of(query), heads.kv(layer), int(heads.lengths(layer).max())
-        index = Index((kv.key,), kv.lengths, kv.slots)
-        length = query.shape[2]
-        found = scoring.summaries(rows, index, longest, scale=scale)[:, 0]  # [ranges, G * L, n]
-        if length > 1:  # a query does not see the tokens behind it
-            row = torch.arange(found.shape[1], device=found.device) % length
-            assert kv.lengths is not None
-            last = (kv.lengths[:, None] - length + row)[..., None]
-            found.masked_fill_(torch.arange(longest, device=found.device) > last, EMPTY)
-        logs = heads.log_weights(layer)
-        if logs is not None:
-            found += logs.flatten(0, 1)[:, None]
         if lse is None:
-            sums = found.logsumexp(-1)
-        else:
-            sums = lse.unflatten(1, (heads.kv_heads, -1)).flatten(2).flatten(0, 1)
-        shape = (heads.batch, heads.kv_heads)
+            lse = logits.logsumexp(-1)
         step = Step(
-            found.unflatten(0, shape),
-            sums.unflatten(0, shape),
+            logits,
+            lse.view(logits.shape[:3]),
             heads.positions(layer),
             heads.counts(layer),
             self._tokens(layer),
@@ -317,27 +356,23 @@ class Eviction:
 
     # ---- inside --------------------------------------------------------------------------------
     def _seen(self, layer: int, scale: float) -> Seen:
-        heads = self.heads
-        kv = heads.kv(layer)
-
-        def gather(side: int) -> Tensor:
-            assert kv.lengths is not None
-            rows = padded((kv.key, kv.value)[side], kv, kv.lengths.tolist())
-            return rows[:, 0].unflatten(0, (heads.batch, heads.kv_heads))
-
+        heads, state, narrow = self.heads, self._states[layer], None
+        assert state.target is not None
+        if heads.narrowed is not None:
+            narrow = torch.from_numpy(heads.narrowed.counts(layer)).to(heads.device)
         return Seen(
             layer,
             heads.layers,
             heads.positions(layer),
             heads.counts(layer),
             self._tokens(layer),
-            self.evictor.target(self._states[layer].prompt),
+            state.target,
             heads.track(layer, SCORE),
-            kv,
             scale,
+            partial(heads.kv, layer),
             output=None if self.outputs is None else self.outputs[layer],
             log_weight=heads.log_weights(layer),
-            gather=gather,
+            narrow=narrow,
         )
 
     def _drop_one(self, layer: int, seen: Seen, rows: Tensor) -> None:

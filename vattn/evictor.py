@@ -16,7 +16,7 @@ bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .allocator.errors import VattnError
-from .kernels.columns import Columns, columns, logits
+from .kernels import evict
+from .kernels.columns import Columns, columns, logits, padded
 from .kernels.contract import EMPTY
 from .kernels.kv import KV
 from .selector import Caps
@@ -53,8 +54,8 @@ class Seen:
         tokens: [B] int64, tokens of the text so far, kept or not.
         target: [B] int64, tokens that a head is to keep on average (`Evictor.target`).
         score: [B, H, n] float32, what the evictor recorded; 0 for new rows.
-        kv: the ranges as kernels see them, B * H sequences of one KV head.
         scale: of the scores of attention.
+        source: makes `kv`.
         query: [B, Hq, R, D], the last R queries, as many as the evictor asked for (`rows`); None
             between prompts.
         fresh: tokens that this call brought.
@@ -64,6 +65,7 @@ class Seen:
         hidden: [B, n', width], the input of this layer's attention for the prompt, likewise.
         sequence: place in the batch of the first of the B sequences, see `alone`.
         log_weight: [B, H, n] float32, log of how many tokens each row stands for; None: one each.
+        narrow: [B, H] int64, narrow rows of each head, which are not among these (`narrowed`).
     """
 
     layer: int
@@ -73,8 +75,8 @@ class Seen:
     tokens: Tensor
     target: Tensor
     score: Tensor
-    kv: KV
     scale: float
+    source: Callable[[], KV]
     query: Tensor | None = None
     fresh: int = 0
     draft: int = 0
@@ -82,25 +84,27 @@ class Seen:
     hidden: Tensor | None = None
     sequence: int = 0
     log_weight: Tensor | None = None
-    gather: Callable[[int], Tensor] | None = None  # K (0) or V (1) as [B, H, n, D]
+    narrow: Tensor | None = None
 
     @cached_property
     def valid(self) -> Tensor:
         """[B, H, n] bool: rows that there are."""
-        at = torch.arange(self.positions.shape[2], device=self.positions.device)
-        return at < self.counts[..., None]
+        return _within(self.positions, self.counts)
+
+    @cached_property
+    def kv(self) -> KV:
+        """The ranges as kernels see them, B * H sequences of one KV head."""
+        return self.source()
 
     @cached_property
     def keys(self) -> Tensor:
         """K [B, H, n, D]; 0 behind the counts."""
-        assert self.gather is not None
-        return self.gather(0)
+        return self._gathered(self.kv.key)
 
     @cached_property
     def values(self) -> Tensor:
         """V [B, H, n, D]; 0 behind the counts."""
-        assert self.gather is not None
-        return self.gather(1)
+        return self._gathered(self.kv.value)
 
     @cached_property
     def age(self) -> Tensor:
@@ -116,6 +120,7 @@ class Seen:
         longest, logs = int(self.counts[b].max()), self.log_weight
         assert kv.lengths is not None
         assert kv.slots is not None
+        alone = replace(kv, lengths=kv.lengths[ranges], slots=kv.slots[ranges])
         return replace(
             self,
             positions=self.positions[one, :, :longest],
@@ -123,13 +128,13 @@ class Seen:
             tokens=self.tokens[one],
             target=self.target[one],
             score=self.score[one, :, :longest],
-            kv=replace(kv, lengths=kv.lengths[ranges], slots=kv.slots[ranges]),
+            source=lambda: alone,
             query=None,
             fresh=fresh,
             sequence=self.sequence + b,
             hidden=None if self.hidden is None else self.hidden[one, -fresh:],
             log_weight=None if logs is None else logs[one, :, :longest],
-            gather=lambda side: (self.values if side else self.keys)[one, :, :longest],
+            narrow=None if self.narrow is None else self.narrow[one],
         )
 
     def columns(self, rows: int = ALL_ROWS) -> Columns:
@@ -153,6 +158,11 @@ class Seen:
     def _bias(self) -> Tensor | None:
         """The weights' logs as `logits` takes them, [B * H, 1, n]."""
         return None if self.log_weight is None else self.log_weight.flatten(0, 1)[:, None]
+
+    def _gathered(self, side: Tensor) -> Tensor:
+        assert self.kv.lengths is not None
+        rows = padded(side, self.kv, self.kv.lengths.tolist())
+        return rows[:, 0].unflatten(0, self.counts.shape)
 
     def _rows(self, rows: int) -> Tensor:
         if self.query is None:
@@ -185,9 +195,26 @@ class Step:
     layer: int = 0
 
     @cached_property
+    def valid(self) -> Tensor:
+        """[B, H, n] bool: rows that there are."""
+        return _within(self.positions, self.counts)
+
+    @cached_property
     def weights(self) -> Tensor:
         """[B, H, G * L, n] float32: attention, each row sums to 1."""
         return (self.logits - self.lse[..., None]).exp_()
+
+    def block(self) -> tuple[Tensor, Tensor]:
+        """New queries as `Seen.logits` yields them: positions [B, L], logits [B, H, G, L, n]."""
+        at = self.tokens[:, None] + torch.arange(-self.fresh, 0, device=self.tokens.device)
+        return at, self.logits.unflatten(2, (-1, self.fresh))
+
+    def mass(self, shares: Sequence[float] | None = None) -> Tensor:
+        """[B, H, n] float32: attention that each row got, summed over query heads and new tokens;
+        the l-th new token counts ``shares[l]`` times (once by default)."""
+        each = torch.ones(self.fresh) if shares is None else torch.tensor(shares)
+        groups = self.logits.shape[2] // self.fresh
+        return evict.mass(self.logits, self.lse, each.repeat(groups).to(self.logits.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +249,7 @@ class Evictor:
     joint: ClassVar[bool] = False  # decides for all layers after the last one
     adaptive: ClassVar[bool] = False  # has no budget: what it keeps follows from the scores
     merges: ClassVar[bool] = False  # what it drops goes into what it keeps: see `merged`
+    narrows: ClassVar[bool] = False  # rows that it keeps give up channels of K: see `narrowed`
 
     def __post_init__(self) -> None:
         share = isinstance(self.budget, float) and 0 < self.budget <= 1
@@ -279,7 +307,12 @@ class Evictor:
     # ---- choosing ------------------------------------------------------------------------------
     def forced(self, seen: Seen) -> Tensor:
         """[B, H, n] bool: rows that are kept in any case."""
-        return (seen.positions < self.sink_tokens) | (seen.age < self.recent_tokens)
+        old = (seen.tokens - seen.draft - self.recent(seen))[:, None, None]
+        return (seen.positions < self.sink_tokens) | (seen.positions >= old)
+
+    def recent(self, seen: Seen) -> int | Tensor:
+        """How many of the last tokens are kept in any case; [B] where sequences differ."""
+        return self.recent_tokens
 
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
         """Which rows are kept, [B, H, n] bool: those in any case, and of the others the best. Ties:
@@ -287,25 +320,23 @@ class Evictor:
         forced = self.forced(seen) & seen.valid
         if bool((forced.sum(-1) > budgets).any()):
             forced &= best(seen.positions.float().masked_fill(~forced, EMPTY), budgets)
-        ranked = score.masked_fill(forced, BEST).masked_fill(~seen.valid, EMPTY)
-        return best(ranked, budgets) & seen.valid
+        return best(ranked(score, forced, seen), budgets) & seen.valid
 
     def worst(self, score: Tensor, seen: Seen) -> Tensor:
         """The row that each head drops where it drops one, [B, H]: the least of the others; of
         equals the last. Where all are to be kept in any case, the oldest."""
-        ranked = score.masked_fill(self.forced(seen) | ~seen.valid, BEST)
-        least, found = ranked.flip(-1).min(-1)
-        found = ranked.shape[-1] - 1 - found
-        if not bool((least == BEST).any()):
-            return found
-        newest = torch.iinfo(torch.int64).max
-        oldest = seen.positions.masked_fill(~seen.valid, newest).argmin(-1)
-        return oldest.where(least == BEST, found)
+        return evict.least(score, self.forced(seen), seen.counts, seen.positions)
 
     def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """New K and V of the rows of ``keep`` [B, H, n], where what goes is merged into what stays:
         [B, H, n, D] each (other rows are ignored), and the log of how many tokens each row stands
         for, [B, H, n], or None where it does not count. None: nothing is merged."""
+        return None
+
+    def narrowed(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor] | None:
+        """After a prompt, which rows of ``keep`` [B, H, n] become narrow, [B, H, n] bool, and the
+        channels of K that they keep, [B, H, D'] int64 ascending; a layer that has narrow rows keeps
+        the channels it has. None: no row."""
         return None
 
     # ---- across layers -------------------------------------------------------------------------
@@ -326,12 +357,21 @@ class Evictor:
         raise NotImplementedError
 
 
+def ranked(score: Tensor, forced: Tensor, seen: Seen) -> Tensor:
+    """Scores [B, H, n] to choose by: rows of ``forced`` first, those that there are not last."""
+    return score.masked_fill(forced, BEST).masked_fill(~seen.valid, EMPTY)
+
+
 def best(ranked: Tensor, budgets: Tensor) -> Tensor:
     """The ``budgets`` [...] highest of ``ranked`` [..., n] as a mask; of equals the lowest."""
     order = ranked.argsort(dim=-1, descending=True, stable=True)
-    at = torch.arange(ranked.shape[-1], device=ranked.device)
-    within = at < budgets[..., None]
+    within = _within(ranked, budgets)
     return torch.zeros_like(within).scatter_(-1, order, within)
+
+
+def _within(rows: Tensor, counts: Tensor) -> Tensor:
+    """The first ``counts`` [...] of rows [..., n] as a mask."""
+    return torch.arange(rows.shape[-1], device=rows.device) < counts[..., None]
 
 
 @dataclass(frozen=True)

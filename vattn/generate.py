@@ -5,7 +5,8 @@ The network is never touched: models come from a directory, and a missing one is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from vattn.evictor import Evictor
+    from vattn.hf import Compressed
     from vattn.keeps import KeepLog
     from vattn.reads import ReadLog
     from vattn.selector import Selector
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 MOST_TOKENS = 16  # `kernels.kv.MOST_TOKENS`, without importing torch
 # Tokens of a prompt read at once where not all of it need fit into the fast tier.
 CHUNK_TOKENS = 512
-CALIBRATION_TOKENS = 2048  # of the prompt, for selectors that want to see keys first
+# Of the prompt, for selectors that want to see keys first, and for latents.
+CALIBRATION_TOKENS = 2048
 # Points of the memory curve kept per run: enough for a picture, too few to slow the run down.
 _SAMPLES = 256
 
@@ -110,10 +113,19 @@ class Generator:
 
         With ``curve`` the memory is sampled as it grows.
         """
+        with self._compressed(cache) as latents:
+            return self._run(self._open(cache, latents), on_text, on_step, curve)
+
+    def _run(
+        self,
+        store: Any,
+        on_text: Callable[[str], None],
+        on_step: Callable[[int], None],
+        curve: bool,
+    ) -> Run:
         import torch
 
         request = self.request
-        store = self._open(cache)
         every = max(1, request.new_tokens // _SAMPLES) if curve else None
         watch = Watch(on_text, on_step, self._decode, store, every)
         sampling: dict[str, Any] = {"do_sample": True, "temperature": request.temperature}
@@ -226,7 +238,21 @@ class Generator:
             )
         return torch.stack([layer.keys[0] for layer in cache.layers])
 
-    def _open(self, cache: str) -> Any:
+    @contextmanager
+    def _compressed(self, cache: str) -> Iterator[Compressed | None]:
+        """The model as our cache is to have it; other caches have it whole. The beginning of the
+        first prompt is the sample."""
+        share = self.request.lorc_share()
+        if cache != "vattn" or share is None:
+            yield None
+            return
+        from vattn.hf import compress
+
+        row = self.ids[0][self.mask[0].bool()][:CALIBRATION_TOKENS]
+        with compress(self.model, share, sample=row[None]) as latents:
+            yield latents
+
+    def _open(self, cache: str, latents: Compressed | None = None) -> Any:
         from transformers import DynamicCache, StaticCache
 
         config, request = self.model.config, self.request
@@ -251,6 +277,8 @@ class Generator:
             options["policy"] = self.policy
             if "offline" in self.policy.caps.evidence:
                 options["outputs"] = outputs_of(self.model)
+        if latents is not None:
+            options["latents"] = latents
         if request.host_bytes is not None:
             options["tiers"] = {"fast_bytes": request.host_bytes}
         return VattnCache(config, **options)

@@ -23,17 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ragged
+from . import heads_attention as attention
 from .allocator.errors import VattnError
 from .allocator.pool import Pool
 from .batch import Batch, Ints
 from .cache import ALL, CopyRefused, KVCache
-from .kernels import sparse, stream
-from .kernels.compact import compact
-from .kernels.contract import plain_rows
+from .kernels import stream
+from .kernels.compact import as_rows, compact
+from .kernels.evict import fill
 from .kernels.kv import KV
-from .kernels.selection import Selection
 from .layout import Layout, LayoutError
+from .narrow import NarrowRows, check_masks
+from .sequence import View
 from .track import Track
 from .usage import Usage
 
@@ -97,13 +98,29 @@ class HeadCache:
             raise
         self.tracks: list[dict[str, Track]] = [{} for _ in range(layers)]
         self.tokens = np.zeros((layers, batch), np.int64)  # seen, kept or not
+        self.narrowed: NarrowRows | None = None  # see `narrow`
         self._places = self._addresses()
+        slots = np.array([ranges.slots for ranges in self._ranges])
+        self._slots = torch.from_numpy(slots).to(self.device).view(layers, batch, kv_heads)
 
     # ---- what there is -------------------------------------------------------------------------
     def lengths(self, layer: int) -> Ints:
-        """Rows that each range of a layer holds, [batch, kv_heads]."""
-        held = self.cache.lengths[self._of(layer).slots, 0]
+        """Rows that each range of a layer holds, [batch, kv_heads], but for narrow ones: those that
+        an evictor chooses among."""
+        held = self.cache.lengths[self._of(layer).pick, 0].copy()
         return held.reshape(self.batch, self.kv_heads)
+
+    def held(self, layer: int) -> Ints:
+        """Tokens that each KV head of a layer holds, narrow rows among them, [batch, kv_heads]."""
+        lengths = self.lengths(layer)
+        return lengths if self.narrowed is None else lengths + self.narrowed.counts(layer)
+
+    def places(self, layer: int) -> Tensor:
+        """`positions` of all that is `held`."""
+        positions = self.positions(layer)
+        if self.narrowed is None:
+            return positions
+        return self.narrowed.places(layer, positions, self.lengths(layer))
 
     def counts(self, layer: int) -> Tensor:
         """`lengths` as a tensor on the device."""
@@ -129,14 +146,13 @@ class HeadCache:
     def kv(self, layer: int) -> KV:
         """The ranges of a layer as kernels see them: batch * kv_heads sequences of one KV head. For
         use within one call."""
-        slots = self._of(layer).slots
-        lengths = torch.from_numpy(self.cache.lengths[slots, 0]).to(self.device)
-        of = torch.from_numpy(slots).to(self.device)
-        return KV(self._key, self._value, lengths, slots=of)
+        lengths = self.counts(layer).flatten()
+        return KV(self._key, self._value, lengths, slots=self._slots[layer].flatten())
 
     def stats(self) -> Usage:
-        """See `KVCache.stats`."""
-        return self.cache.stats()
+        """See `KVCache.stats`; narrow rows are counted."""
+        usage = self.cache.stats()
+        return usage if self.narrowed is None else self.narrowed.added_to(usage)
 
     # ---- growing -------------------------------------------------------------------------------
     def append(self, layer: int, k: Tensor, v: Tensor, counts: Ints | None = None) -> None:
@@ -168,14 +184,13 @@ class HeadCache:
             )
             each = np.repeat(added, self.kv_heads).tolist()
             self.cache.append(0, keys[None], values[None], ranges, counts=each)
-        # Token i of a call is padding, or the one so many behind what there is.
-        behind = torch.arange(new, device=self.device) - torch.from_numpy(new - added)[:, None].to(
-            self.device
-        )
-        sequence, head, i = (behind >= 0)[:, None].expand(-1, self.kv_heads, -1).nonzero().T
-        start, step = torch.from_numpy(self.tokens[layer]).to(self.device), behind[sequence, i]
-        positions = self.positions(layer)
-        positions[sequence, head, before[sequence, head] + step] = start[sequence] + step
+        positions, at = self.positions(layer), torch.arange(new, device=self.device)
+        even = [(slice(None), new)]
+        uneven = [(slice(b, b + 1), n) for b, n in enumerate(added.tolist())]
+        for some, n in even if bool((added == new).all()) else uneven:
+            start = torch.from_numpy(self.tokens[layer, some]).to(self.device)[:, None, None]
+            rows = before[some][..., None] + at[:n]
+            positions[some].scatter_(2, rows, (start + at[:n]).expand_as(rows))
         self.tokens[layer] += added
 
     # ---- reading -------------------------------------------------------------------------------
@@ -188,31 +203,23 @@ class HeadCache:
         Raises:
             LayoutError: the query does not suit the cache.
         """
-        rows = self.rows_of(query)
-        logs = self.log_weights(layer)
-        if logs is not None:
-            out, lse = self._attend_weighted(rows, layer, scale, logs)
-        elif (
-            rows.is_cpu
-            and rows.shape[1] * rows.shape[2] <= ragged.STREAM_ROWS
-            and (stream.available() is None)
-        ):
-            ranges = self._of(layer)
-            k, v = self._places
-            lengths = self.cache.lengths[ranges.slots, 0]
-            if int(lengths.min()) < query.shape[2]:
-                raise LayoutError(
-                    f"a range of layer {layer} holds {lengths.min()} rows: fewer than the "
-                    f"{query.shape[2]} queries, which are its last tokens"
-                )
-            places = stream.Rows(
-                k[ranges.slots], v[ranges.slots], lengths, 1, 0, self.layout.row_bytes, keep=self
-            )
-            out, lse = stream.stream_ragged(plain_rows(rows), places, scale=scale)
-        else:
-            view = self.cache.view(self._of(layer).sequences)
-            out, lse = ragged.attend_lse(rows, view, 0, scale=scale)
+        out, lse = attention.attend_lse(self, self.rows_of(query), layer, scale)
         return out.view(query.shape), lse.view(query.shape[:3])
+
+    def attend_logits(
+        self, query: Tensor, layer: int, *, scale: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`attend_lse`, and `logits`: by one reading of K where the kernel can tell them."""
+        out, lse, logits = attention.attend_logits(self, self.rows_of(query), layer, scale)
+        found = logits.unflatten(0, (self.batch, self.kv_heads))
+        return out.view(query.shape), lse.view(query.shape[:3]), found
+
+    def logits(self, query: Tensor, layer: int, scale: float | None = None) -> Tensor:
+        """scale * q k of all rows but narrow ones, [batch, kv_heads, G * L, n] float32, n those of
+        the longest range; -inf where a query sees nothing. A row that stands for several tokens has
+        the log of their number added."""
+        found = attention.logits(self, self.rows_of(query), layer, scale)
+        return found.unflatten(0, (self.batch, self.kv_heads))
 
     def rows_of(self, query: Tensor) -> Tensor:
         """A query [batch, Hq, L, D] as one of the ranges, [batch * kv_heads, Hq / kv_heads, L, D].
@@ -231,16 +238,29 @@ class HeadCache:
             )
         return query.unflatten(1, (self.kv_heads, -1)).flatten(0, 1)
 
-    def _attend_weighted(
-        self, rows: Tensor, layer: int, scale: float | None, logs: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Each row counts as often as its weight says (merged tokens): its log joins the score."""
-        kv, logs = self.kv(layer), logs.flatten(0, 1)[:, None]
-        ids = torch.arange(logs.shape[2], dtype=torch.int32, device=self.device)
-        assert kv.lengths is not None
-        count = kv.lengths.to(torch.int32)[:, None]
-        chosen = Selection(ids.expand(len(rows), 1, -1).contiguous(), count, 1, logs.contiguous())
-        return sparse.attend(rows.contiguous(), kv, chosen, scale=scale)[:2]
+    def rows(self, layer: int) -> stream.Rows:
+        """The ranges of a layer as the stream kernel takes them. For use within one call."""
+        slots, (k, v) = self._of(layer).slots, self._places
+        lengths = self.cache.lengths[slots, 0]
+        return stream.Rows(k[slots], v[slots], lengths, 1, 0, self.layout.row_bytes, keep=self)
+
+    def view(self, layer: int) -> View:
+        """The ranges of a layer as `ragged` takes them."""
+        return self.cache.view(self._of(layer).sequences)
+
+    def narrow_rows(self, layer: int) -> NarrowRows | None:
+        """The narrow rows, where this layer has any."""
+        narrowed = self.narrowed
+        return None if narrowed is None or narrowed.channels(layer) is None else narrowed
+
+    def check_last(self, layer: int, queries: int) -> None:
+        """Raise LayoutError unless every range holds as many rows as there are queries."""
+        shortest = int(self.lengths(layer).min())
+        if shortest < queries:
+            raise LayoutError(
+                f"a range of layer {layer} holds {shortest} rows: fewer than the {queries} "
+                "queries, which are its last tokens"
+            )
 
     # ---- shrinking -----------------------------------------------------------------------------
     def keep(self, layer: int, rows: Tensor, counts: Tensor) -> None:
@@ -265,15 +285,59 @@ class HeadCache:
             track.clear_behind(counts)
         self.cache.truncate_batch(ranges, counts.flatten().cpu().numpy())
 
+    def narrow(self, layer: int, keep: Tensor, old: Tensor, channels: Tensor) -> None:
+        """`keep` the rows of a mask [batch, kv_heads, n], those of ``old`` as narrow rows: of K
+        only the ``channels`` [batch, kv_heads, D'] of their head (int64, ascending), V whole. A
+        layer that has narrow rows keeps its channels, and them until it is cleared. While this
+        runs, both widths are there; `release` then gives pages back.
+
+        Raises:
+            KeepError: masks or channels that cannot be. LayoutError: other layers have narrow rows
+            of another width. OutOfPages, OutOfRange, ReserveError, MapLimitError, DriverError:
+            there is no room. Nothing has changed.
+        """
+        try:
+            check_masks(keep, old, channels, self.counts(layer), self.layout.head_dim)
+        except ValueError as error:
+            raise KeepError(str(error)) from error
+        stays = as_rows(keep & ~old)
+        if not bool(old.any()):
+            self.keep(layer, *stays)
+            return
+        if WEIGHTS in self.tracks[layer]:
+            raise KeepError("rows that stand for several tokens cannot be narrow")
+        if self.narrowed is None:
+            shape = (self.layers, self.batch, self.kv_heads)
+            self.narrowed = NarrowRows(self.cache, shape, channels.shape[2])
+        narrowed = self.narrowed
+        if narrowed.width != channels.shape[2]:
+            raise LayoutError(
+                f"narrow rows of {channels.shape[2]} channels beside those of {narrowed.width}: "
+                "all layers of a cache have one width"
+            )
+        narrowed.take(layer, self.kv(layer), *as_rows(old), self.positions(layer), channels)
+        try:
+            self.keep(layer, *stays)
+        except BaseException:
+            narrowed.untake(layer)
+            raise
+        narrowed.count(layer, channels)
+
     def replace(
         self, layer: int, rows: Tensor, counts: Tensor, k: Tensor, v: Tensor, logs: Tensor | None
     ) -> None:
         """After `keep`: the rows kept hold what k and v [batch, kv_heads, n, head_dim] have in the
         places they came from. ``logs`` [batch, kv_heads, n]: log of how many tokens each stands
-        for."""
+        for.
+
+        Raises:
+            KeepError: logs for a layer with narrow rows; nothing has changed.
+        """
+        if logs is not None and self.narrow_rows(layer) is not None:
+            raise KeepError(f"layer {layer} has narrow rows: none can stand for several tokens")
         inside = torch.arange(rows.shape[2], device=self.device) < counts[..., None]
         sequence, head, row = inside.nonzero().T
-        slots, source = self._slots(layer)[sequence, head], rows[sequence, head, row]
+        slots, source = self._slots[layer, sequence, head], rows[sequence, head, row]
         for side, new in ((self._key, k), (self._value, v)):
             side[slots, 0, row] = new[sequence, head, source].to(self.dtype)
         if logs is not None:
@@ -285,11 +349,17 @@ class HeadCache:
         Raises:
             KeepError: a range holds no such row. Otherwise as `forget`.
         """
-        last = self.counts(layer) - 1
-        if rows.shape != last.shape or bool(((rows < 0) | (rows > last)).any()):
-            raise KeepError(f"rows {rows.tolist()} to forget are not all in 0..{last.tolist()}")
-        sequence, head = torch.ones_like(rows).nonzero().T
-        self._fill(layer, (sequence, head, rows.flatten()), last.flatten(), last)
+        ranges, lengths, found = self._of(layer), self.lengths(layer), rows.cpu().numpy()
+        if found.shape != lengths.shape or ((found < 0) | (found >= lengths)).any():
+            limits = (lengths - 1).tolist()
+            raise KeepError(f"rows {found.tolist()} to forget are not all in 0..{limits}")
+        self.cache.unshare(ranges)
+        slots, last = self._slots[layer], self.counts(layer) - 1
+        for side in (self._key[:, 0], self._value[:, 0]):
+            fill(side, slots, rows, last)
+        for track in self.tracks[layer].values():
+            track.swap(rows, last)
+        self.cache.truncate_batch(ranges, lengths.ravel() - 1)
 
     def forget(self, layer: int, drop: Tensor) -> None:
         """Drop the rows of a mask [batch, kv_heads, n]: the last rows take their places. What a
@@ -313,24 +383,43 @@ class HeadCache:
         # As many rows stay behind the new end as go before it; both in ascending order.
         stays = ~drop & (at >= left[..., None]) & (at < counts[..., None])
         sequence, head, row = (drop & (at < left[..., None])).nonzero().T
-        self._fill(layer, (sequence, head, row), stays.nonzero()[:, 2], left)
+        source, ranges = stays.nonzero()[:, 2], self._of(layer)
+        self.cache.unshare(ranges)
+        slots = self._slots[layer, sequence, head]
+        for side in (self._key, self._value):
+            side[slots, 0, row] = side[slots, 0, source]
+        for track in self.tracks[layer].values():
+            track.get(drop.shape[2])
+            track.move(sequence, head, row, source)
+            track.clear_behind(left)
+        self.cache.truncate_batch(ranges, left.flatten().cpu().numpy())
 
     def crop(self, layer: int, tokens: int) -> None:
         """Forget the last ``tokens`` tokens of the text (speculative rollback), those of them that
         are still held; what was evicted stays evicted.
 
         Raises:
-            KeepError: negative, or more than a sequence has seen. Otherwise as `forget`; nothing
-            has changed.
+            KeepError: negative, or more than a sequence has seen, or some of them are narrow.
+            Otherwise as `forget`; nothing has changed.
         """
-        seen = int(self.tokens[layer].min())
-        if not 0 <= tokens <= seen:
-            raise KeepError(f"cannot crop {tokens} tokens: a sequence has seen {seen}")
+        self.check_crop(layer, tokens)
         first = torch.from_numpy(self.tokens[layer] - tokens).to(self.device)[:, None, None]
         counts, positions = self.counts(layer), self.positions(layer)
         at = torch.arange(positions.shape[2], device=self.device)
         self.forget(layer, (positions >= first) & (at < counts[..., None]))
         self.tokens[layer] -= tokens
+
+    def check_crop(self, layer: int, tokens: int) -> None:
+        """Raise KeepError where `crop` would."""
+        seen = int(self.tokens[layer].min())
+        if not 0 <= tokens <= seen:
+            raise KeepError(f"cannot crop {tokens} tokens: a sequence has seen {seen}")
+        first = torch.from_numpy(self.tokens[layer] - tokens).to(self.device)
+        if self.narrowed is not None and self.narrowed.holds_from(layer, first):
+            raise KeepError(
+                f"cannot crop {tokens} tokens: some of them are narrow rows of layer {layer}; "
+                "clear it and read the text again"
+            )
 
     def clear(self, layer: int) -> None:
         """Forget a layer's rows."""
@@ -338,16 +427,24 @@ class HeadCache:
         self.cache.truncate_batch(ranges, np.zeros(len(ranges.slots), np.int64))
         self.tracks[layer].clear()
         self.tokens[layer] = 0
+        if self.narrowed is not None:
+            self.narrowed.clear(layer)
 
     def release(self) -> int:
         """Give pages without a row back to the pool; returns how many went."""
         gone = self.cache.reclaim(ALL)
+        if self.narrowed is not None:
+            gone += self.narrowed.reclaim(ALL)
         self.cache.advance()
         return gone
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
-        self.cache.close()
+        try:
+            if self.narrowed is not None:
+                self.narrowed.close()
+        finally:
+            self.cache.close()
 
     def __enter__(self) -> HeadCache:
         return self
@@ -361,27 +458,6 @@ class HeadCache:
         )
 
     # ---- inside --------------------------------------------------------------------------------
-    def _fill(
-        self, layer: int, place: tuple[Tensor, Tensor, Tensor], source: Tensor, left: Tensor
-    ) -> None:
-        """Row ``source`` goes to its ``place`` (sequence, head, row) each; then the first ``left``
-        [batch, kv_heads] rows of each range are all."""
-        ranges, (sequence, head, row) = self._of(layer), place
-        self.cache.unshare(ranges)
-        slots, longest = self._slots(layer)[sequence, head], int(self.lengths(layer).max())
-        for side in (self._key, self._value):
-            side[slots, 0, row] = side[slots, 0, source]
-        for track in self.tracks[layer].values():
-            track.get(longest)
-            track.move(sequence, head, row, source)
-            track.clear_behind(left)
-        self.cache.truncate_batch(ranges, left.flatten().cpu().numpy())
-
-    def _slots(self, layer: int) -> Tensor:
-        """The slots of a layer's ranges, [batch, kv_heads]."""
-        slots = self._of(layer).slots.reshape(self.batch, self.kv_heads)
-        return torch.from_numpy(slots).to(self.device)
-
     def _of(self, layer: int) -> Batch:
         if not 0 <= layer < self.layers:
             raise LayoutError(f"layer {layer} does not exist: the cache has {self.layers} layers")

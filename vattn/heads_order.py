@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .heads import HeadCache
+from .narrow import NarrowRows
 from .track import Track
 
 
@@ -19,9 +20,17 @@ def reorder(heads: HeadCache, order: list[int]) -> None:
     Raises:
         OutOfPages, MapLimitError, DriverError: as `KVCache.reorder`; nothing has changed.
     """
-    every = heads.cache.sequences
+    every, narrowed = heads.cache.sequences, heads.narrowed
+    table = None if narrowed is None else narrowed.share(order)
     slots = np.arange(len(every)).reshape(heads.layers, heads.batch, heads.kv_heads)
-    heads.cache.reorder(every, slots[:, order].ravel().tolist())
+    try:
+        heads.cache.reorder(every, slots[:, order].ravel().tolist())
+    except BaseException:
+        if narrowed is not None and table is not None:
+            narrowed.unshare(table)
+        raise
+    if narrowed is not None and table is not None:
+        narrowed.adopt(table, order)
     heads.tokens = heads.tokens[:, order]
     for layer in range(heads.layers):
         heads.tracks[layer] = _tracks(heads, layer, order)
@@ -47,6 +56,10 @@ def selected(heads: HeadCache, order: list[int]) -> HeadCache:
     try:
         for layer in range(heads.layers):
             _copy(heads, twin, layer, order)
+        if heads.narrowed is not None:
+            shape = (twin.layers, twin.batch, twin.kv_heads)
+            twin.narrowed = NarrowRows(twin.cache, shape, heads.narrowed.width)
+            twin.narrowed.copy_of(heads.narrowed, order)
     except BaseException:
         twin.close()
         raise

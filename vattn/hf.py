@@ -11,6 +11,10 @@
 
     VattnCache(model.config, policy=vattn.evictors.SnapKV(budget=0.25))
                                                         keeps a quarter of a prompt, and its memory
+    VattnCache(model.config, latents=vattn.hf.compress(model, keep=0.5))
+                                                        keeps every token, in half of the memory
+    PressCache(model.config)                            for presses of NVIDIA kvpress: the memory of
+                                                        what they drop comes back
 
 Importing this module registers and replaces nothing.
 """
@@ -23,27 +27,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    get_layer_types_and_kwargs,
-)
 
 from vattn.cache import CopyRefused, KVCache
 from vattn.evictor import Evictor, Kept
 from vattn.hf_attention import UnsupportedError, attention, register
 from vattn.hf_heads import added
 from vattn.hf_kept import KeptLayer, of_layers, outputs_of, with_hidden
+from vattn.hf_latent import LatentLayer
 from vattn.hf_layers import VattnLayer, VattnSlidingLayer
+from vattn.hf_lorc import Compressed, compress
+from vattn.hf_press import PressLayer, PressStore
 from vattn.hf_static import VattnStaticLayer
 from vattn.hf_store import Options, Store
+from vattn.hf_versions import LAYER_TYPES, WINDOWED, kinds_of
 from vattn.selector import Selector
 from vattn.sparse import Activity
 from vattn.usage import Usage
 
 __all__ = [
+    "Compressed",
     "CopyRefused",
     "KeptLayer",
+    "LatentLayer",
+    "PressCache",
+    "PressLayer",
     "UnsupportedError",
     "VattnCache",
     "VattnLayer",
@@ -51,14 +60,13 @@ __all__ = [
     "VattnStaticCache",
     "VattnStaticLayer",
     "attention",
+    "compress",
     "enable",
     "outputs_of",
     "register",
     "with_hidden",
 ]
 
-# What these layers keep is the same in all three: chunked attention differs in its mask only.
-WINDOWED = ("sliding_attention", "chunked_attention")
 SERVED = ("full_attention", *WINDOWED)
 
 
@@ -88,6 +96,8 @@ class VattnCache(DynamicCache):
             attention must be "vattn" then, and prompts are padded on the left.
         outputs: the weights behind attention, for a policy that asks for them: see `outputs_of`.
             For one that asks for hidden states, see `with_hidden`.
+        latents: what `compress` made of the model; None: K and V are held. Every token stays, in
+            latents of fewer numbers, of which K and V are made anew at each step.
 
     Raises:
         UnsupportedError: the model has layers that this cache does not hold, or none that a policy
@@ -109,8 +119,9 @@ class VattnCache(DynamicCache):
         tiers: Mapping[str, Any] | None = None,
         policy: Evictor | None = None,
         outputs: Sequence[torch.Tensor] | None = None,
+        latents: Compressed | None = None,
     ) -> None:
-        kinds = _kinds(config)
+        kinds = kinds_of(config)
         if policy is not None and not any(kind == "full_attention" for kind, _ in kinds):
             raise UnsupportedError(
                 f"{type(config).__name__} has no full-attention layer for a policy to serve, its "
@@ -130,6 +141,7 @@ class VattnCache(DynamicCache):
                 tiers=tiers,
                 policy=policy,
                 outputs=weights,
+                latents=latents,
             )
         )
         layers = [_layer(self.store, kind, more) for kind, more in kinds]
@@ -139,14 +151,19 @@ class VattnCache(DynamicCache):
     @property
     def kv(self) -> KVCache | None:
         """The KVCache behind the layers; None before the first tokens. Under a policy that of the
-        full-attention layers, in which every KV head is a sequence."""
-        kept = self.store.kept
+        full-attention layers, in which every KV head is a sequence. With latents that of the
+        first layer, whose pool is that of all: `cache.store.latents.caches`."""
+        kept, latents = self.store.kept, self.store.latents
+        if latents is not None:
+            return latents.caches[0] if latents.opened else None
         if kept is None:
             return self.store.kv
         return kept.heads.cache if kept.opened else None
 
     def stats(self) -> Usage:
         """Bytes reserved, mapped, used and wasted. Raises ClosedError before the first tokens."""
+        if self.store.latents is not None:
+            return self.store.latents.stats()
         if self.store.kept is None:
             return self.store.cache.stats()
         heads = self.store.kept.heads.stats()
@@ -161,6 +178,65 @@ class VattnCache(DynamicCache):
     def activity(self) -> list[Activity]:
         """What each layer read under the selector; [] without one, or before the first tokens."""
         return [] if self.store.sparse is None else self.store.sparse.activity()
+
+
+class PressCache(VattnCache):
+    """A cache for presses of kvpress, or any with their protocol: what they drop, its memory comes
+    back, those included that choose by head. See `vattn.hf_press`.
+
+    The model's attention must be "vattn". Of full-attention layers every KV head has a range of its
+    own. ``keys`` and ``values`` of its layers can be read and assigned.
+
+    Args: as `VattnCache`.
+
+    Raises:
+        UnsupportedError: the model has layers that this cache does not hold, or none for a press.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_tokens: int | None = None,
+        *,
+        page_bytes: int | None = None,
+        budget_bytes: int | None = None,
+        slots: int | None = None,
+    ) -> None:
+        kinds = kinds_of(config)
+        pressed = sum(kind == "full_attention" for kind, _ in kinds)
+        if not pressed:
+            raise UnsupportedError(
+                f"{type(config).__name__} has no full-attention layer for a press: make a "
+                "VattnCache"
+            )
+        # No layer is this evictor's: presses alone drop tokens.
+        nobody = Evictor(budget=1.0, dense_layers=tuple(range(pressed)))
+        options = Options(
+            _max_tokens(config, max_tokens),
+            page_bytes=page_bytes,
+            budget_bytes=budget_bytes,
+            slots=slots,
+            policy=nobody,
+        )
+        self.store = Store(options)
+        self._press = self.store.kept = PressStore(options, nobody)
+        Cache.__init__(self, layers=[_layer(self.store, kind, more) for kind, more in kinds])
+
+    @property
+    def kv(self) -> KVCache | None:
+        """See `VattnCache.kv`."""
+        self._press.settle()
+        return super().kv
+
+    def stats(self) -> Usage:
+        """See `VattnCache.stats`."""
+        self._press.settle()
+        return super().stats()
+
+    def kept(self) -> list[Kept]:
+        """What each full-attention layer has kept of the text; [] before the first tokens."""
+        self._press.settle()
+        return list(self._press.kept()) if self._press.opened else []
 
 
 class VattnStaticCache(Cache):
@@ -201,7 +277,7 @@ class VattnStaticCache(Cache):
         )
         layers = [
             VattnStaticLayer(self.store) if kind in SERVED else _layer(self.store, kind, more)
-            for kind, more in _kinds(config)
+            for kind, more in kinds_of(config)
         ]
         super().__init__(layers=layers)
 
@@ -226,16 +302,21 @@ def enable(max_tokens: int, **options: Any) -> Iterator[None]:
     Args:
         max_tokens: most tokens of a sequence; address space only.
         **options: rows, group_layers, page_bytes, budget_bytes, slots, trace, selector, tiers,
-            policy, as `VattnCache`; outputs, of each full-attention layer.
+            policy, latents, as `VattnCache`; outputs, of each full-attention layer.
     """
     chosen = Options(max_tokens, **options)
-    before = {kind: DYNAMIC_LAYER_TYPE_MAPPING[kind] for kind in SERVED}
+    if not LAYER_TYPES:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} has no table of layer classes: install 5.16 "
+            "or newer, or pass past_key_values=VattnCache(model.config)"
+        )
+    before = {kind: LAYER_TYPES[kind] for kind in SERVED}
     for kind in SERVED:
-        DYNAMIC_LAYER_TYPE_MAPPING[kind] = _maker(kind, chosen)
+        LAYER_TYPES[kind] = _maker(kind, chosen)
     try:
         yield
     finally:
-        DYNAMIC_LAYER_TYPE_MAPPING.update(before)
+        LAYER_TYPES.update(before)
 
 
 def _maker(kind: str, options: Options) -> Callable[..., VattnLayer]:
@@ -278,21 +359,17 @@ def _max_tokens(config: PreTrainedConfig, max_tokens: int | None) -> int:
     return int(known)
 
 
-def _kinds(config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
-    """The kind of every layer and the arguments of its cache, in any supported transformers."""
-    kinds, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    if isinstance(kwargs, dict):  # one for all layers, until 5.18
-        kwargs = [kwargs] * len(kinds)
-    return list(zip(kinds, kwargs, strict=True))
-
-
 def _layer(store: Store, kind: str, kwargs: dict[str, Any]) -> Any:
     if kind == "full_attention":
+        if store.latents is not None:
+            return LatentLayer(store)
+        if isinstance(store.kept, PressStore):
+            return PressLayer(store)
         return VattnLayer(store) if store.kept is None else KeptLayer(store)
     if kind in WINDOWED:
         return VattnSlidingLayer(store, sliding_window=kwargs["sliding_window"])
     if kind == "dummy":  # holds nothing: a layer that reuses another's K and V, or has no attention
-        return DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
+        return LAYER_TYPES[kind](**kwargs)
     raise UnsupportedError(
         f"layer type {kind!r} is not served by this cache (it holds {', '.join(SERVED)}); use "
         "transformers' own DynamicCache for this model, or vattn.hf.enable(), which replaces the "

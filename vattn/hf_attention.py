@@ -6,6 +6,7 @@ out wrong, without an error and without a warning. `register` therefore always s
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -82,6 +83,7 @@ def attention(
         refused = {"softcap": softcap, "s_aux": s_aux is not None, "dropout": dropout}
         refused["sliding_window"] = window and attention_mask is None
         reader.hidden = module.__dict__.pop(HIDDEN, None)  # see `hf_kept.with_hidden`
+        reader.module = weakref.ref(module)  # see `hf_press`
         chosen = reader.attend(query, attention_mask, scaling, refused)
         if chosen is not None:
             return chosen.transpose(1, 2).contiguous(), None

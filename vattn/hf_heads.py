@@ -10,6 +10,7 @@ padding is known from the mask alone, and that comes with the attention: so the 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from vattn.evictor import Evictor
 from vattn.heads import HeadCache
 from vattn.heads_order import reorder, selected
 from vattn.hf_attention import UnsupportedError
+from vattn.hf_batch import Orders, check_fits
 from vattn.hf_sparse import left_padding
 from vattn.layout import Layout, LayoutError
 
@@ -89,7 +91,7 @@ class HeadStore:
         self._pool: Pool | None = None
         self._owner: Owner | None = None
         self._handed: dict[int, tuple[Tensor, Tensor]] = {}
-        self._orders: dict[int, list[int]] = {}
+        self._orders = Orders()
         self._held: list[HeadCache] = []
         weakref.finalize(self, _close, self._held)
 
@@ -131,7 +133,7 @@ class HeadStore:
 
     def clear(self, layer: int) -> None:
         """Forget a layer's rows; the HeadCache closes with the last layer."""
-        self._orders.pop(layer, None)
+        self._orders.pop(layer)
         self._handed.pop(layer, None)
         self.seen[layer] = 0
         if self._held and self.eviction is not None:
@@ -212,6 +214,7 @@ class HeadStore:
 
         Raises:
             UnsupportedError: a padded prompt would lose all its tokens, and others not all.
+            KeepError: a layer holds some of the tokens as narrow rows; nothing has changed.
         """
         tokens = min(tokens, self.seen[layer])
         if tokens == self.seen[layer]:
@@ -224,6 +227,9 @@ class HeadStore:
                 "reset() the cache, or crop less"
             )
         assert self.eviction is not None
+        for other, seen in enumerate(self.seen):  # a layer that refuses does so before any is cut
+            if seen == self.seen[layer]:
+                self.heads.check_crop(other, tokens)
         self.eviction.crop(layer, tokens)
         self.seen[layer] -= tokens
 
@@ -240,12 +246,9 @@ class HeadStore:
         """
         if not self.seen[layer]:
             return
-        before = self._orders.get(layer)
-        self._orders[layer] = order if before is None else [before[i] for i in order]
-        orders = list(self._orders.values())
-        if len(orders) == sum(map(bool, self.seen)) and all(o == orders[0] for o in orders):
-            self._orders.clear()
-            self._move(orders[0])
+        whole = self._orders.ask(layer, order, sum(map(bool, self.seen)))
+        if whole is not None:
+            self._move(whole)
 
     def _move(self, order: list[int]) -> None:
         heads, eviction = self.heads, self.eviction
@@ -259,9 +262,9 @@ class HeadStore:
             self._hold(eviction.picked(selected(heads, order), order))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadStore:
-        twin = HeadStore(self.options, self.policy)
+        twin = type(self)(self.options, self.policy)
         memo[id(self)] = twin
-        twin.seen = list(self.seen)
+        twin.seen, twin._orders = list(self.seen), copy.deepcopy(self._orders, memo)
         twin._pool, twin._owner = self._pool, self._owner
         if self.eviction is not None:
             order = list(range(self.heads.batch))
@@ -327,18 +330,7 @@ class HeadStore:
 
     def _check(self, layer: int, key: Tensor) -> None:
         heads = self.heads
-        if key.shape[0] != heads.batch:
-            raise LayoutError(
-                f"layer {layer} got a batch of {key.shape[0]}, but the cache holds {heads.batch} "
-                "sequences; reset() the cache before a batch of another size"
-            )
-        shape = (heads.kv_heads, heads.layout.head_dim, heads.layout.dtype)
-        if shape != (key.shape[1], key.shape[3], DTYPES[key.dtype]):
-            raise UnsupportedError(
-                f"layer {layer} has {key.shape[1]} KV heads of {key.shape[3]} in {key.dtype}, but "
-                f"the first had {shape[0]} of {shape[1]} in {shape[2]}: layers of different "
-                "shapes do not share a cache; use transformers' DynamicCache"
-            )
+        check_fits(layer, key, heads.batch, heads.kv_heads, heads.layout)
 
     def _hold(self, eviction: Eviction | None) -> None:
         # In place: the finalizer holds this very list.

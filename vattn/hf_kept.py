@@ -23,6 +23,7 @@ from vattn.hf_attention import HIDDEN, UnsupportedError
 from vattn.hf_heads import HeadStore
 from vattn.hf_layers import removed
 from vattn.hf_store import Store, check_rows
+from vattn.hf_versions import queries_of
 
 
 class Keeper:
@@ -90,13 +91,17 @@ class KeptLayer(CacheLayerMixin):
         """Tokens of the text so far, held or not, padding included."""
         return self.kept.seen[self.index]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """(keys, offset of the first key) of the mask: those of the whole text."""
-        return self.get_seq_length() + query_length, 0
+        return self.get_seq_length() + queries_of(query_length), 0
 
     def get_max_length(self) -> int:
         """Tokens that fit into the reservation."""
         return self.kept.options.max_tokens
+
+    def get_max_cache_shape(self) -> int:
+        """What 5.2 calls `get_max_length`."""
+        return self.get_max_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of the text (see `removed`); what was evicted

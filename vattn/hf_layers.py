@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from vattn.allocator.errors import VattnError
 from vattn.hf_store import Store
+from vattn.hf_versions import queries_of
 from vattn.layout import LayoutError
 
 # Until 5.18 a positive argument of `crop` was the length to keep; since then it is refused.
@@ -75,13 +76,17 @@ class VattnLayer(CacheLayerMixin):
         self._settle()
         return self.store.tokens(self.index)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """(keys, offset of the first key) that `update` will return for `query_length` tokens."""
-        return self.get_seq_length() + query_length, 0
+        return self.get_seq_length() + queries_of(query_length), 0
 
     def get_max_length(self) -> int:
         """Tokens that fit into the reservation."""
         return self.store.options.max_tokens
+
+    def get_max_cache_shape(self) -> int:
+        """What 5.2 calls `get_max_length`."""
+        return self.get_max_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (see `removed`)."""
@@ -215,11 +220,11 @@ class VattnSlidingLayer(VattnLayer):
         self._settle()
         return self.cumulative_length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """(keys, offset of the first key) that `update` will return for `query_length` tokens."""
         self._settle()
         offset = max(self.cumulative_length - self.sliding_window + 1, 0)
-        return self.cumulative_length - offset + query_length, offset
+        return self.cumulative_length - offset + queries_of(query_length), offset
 
     def get_max_length(self) -> int:
         """Tokens that a query sees."""

@@ -27,7 +27,10 @@ from vattn.batch import Batch
 from vattn.cache import CopyRefused, KVCache
 from vattn.evictor import Evictor
 from vattn.hf_attention import UnsupportedError
+from vattn.hf_batch import Orders, check_fits, fits
 from vattn.hf_heads import DTYPES, HeadStore, Owner, check_policy
+from vattn.hf_latent_rows import LatentRows, check_latents
+from vattn.hf_lorc import Compressed
 from vattn.hf_sparse import Reader
 from vattn.layout import Layout, LayoutError
 from vattn.selector import Selector
@@ -55,11 +58,13 @@ class Options:
     tiers: Mapping[str, Any] | None = None
     policy: Evictor | None = None
     outputs: tuple[Tensor, ...] | None = None
+    latents: Compressed | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise LayoutError(f"max_tokens must be at least 1, got {self.max_tokens}")
         check_policy(self)
+        check_latents(self)
 
     def open(self, layers: int, batch: int, like: Tensor, pool: Pool | None = None) -> KVCache:
         """Make the KVCache for rows like `like` [B, Hkv, n, D]; in ``pool``, or in one of its
@@ -98,6 +103,7 @@ class Store:
         self.sparse: SparseAttention | None = None
         self.tiers: Tiers | None = None
         self.kept = None if options.policy is None else HeadStore(options, options.policy)
+        self.latents = None if options.latents is None else LatentRows(options)
         self._readers: dict[int, Reader] = {}
         self._owner: Owner | None = None
         self.layers = 0
@@ -106,7 +112,7 @@ class Store:
         _stores[self.id] = self
         self._batch: Batch | None = None
         self._filled: set[int] = set()
-        self._orders: dict[int, list[int]] = {}
+        self._orders = Orders()
         self._latest = -1
         weakref.finalize(self, _close, self.sequences)
 
@@ -128,22 +134,13 @@ class Store:
         check_rows(layer, key, value)
         batch = key.shape[0]
         if not self._filled:
-            if self.kv is None or not _fits(self.kv.layout, key):
+            if self.kv is None or not self._fits(self.kv, key):
                 pool = None if self.kept is None else self.kept.pool(key)
                 self._open(self.options.open(self.layers, batch, key, pool))
             self._hold(self.cache.open_batch(batch))
-        elif batch != len(self.sequences):
-            raise LayoutError(
-                f"layer {layer} got a batch of {batch}, but the cache holds {len(self.sequences)} "
-                "sequences; reset() the cache before a batch of another size"
-            )
-        elif not _fits(self.cache.layout, key):
+        else:
             layout = self.cache.layout
-            raise UnsupportedError(
-                f"layer {layer} has {key.shape[1]} KV heads of {key.shape[3]} in {key.dtype}, but "
-                f"the first had {layout.kv_heads} of {layout.head_dim} in {layout.dtype}: layers "
-                "of different shapes do not share a cache; use transformers' DynamicCache"
-            )
+            check_fits(layer, key, len(self.sequences), layout.kv_heads, layout)
         self._filled.add(layer)
 
     def _open(self, kv: KVCache) -> None:
@@ -176,7 +173,7 @@ class Store:
 
     def clear(self, layer: int) -> None:
         """Forget a layer's rows; the sequences close with their last layer."""
-        self._orders.pop(layer, None)
+        self._orders.pop(layer)
         self._readers.pop(layer, None)
         self._latest = -1
         if layer not in self._filled:
@@ -241,7 +238,7 @@ class Store:
     def replace(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Put other rows in a layer's place; they may be views of the present ones."""
         check_rows(layer, key, value)
-        if key.shape[0] != len(self.sequences) or not _fits(self.cache.layout, key):
+        if key.shape[0] != len(self.sequences) or not self._fits(self.cache, key):
             raise LayoutError(
                 f"layer {layer} cannot take rows {tuple(key.shape)} in {key.dtype}: it holds "
                 f"{len(self.sequences)} sequences of {self.cache.layout}"
@@ -264,16 +261,13 @@ class Store:
         """
         if layer not in self._filled:
             return
-        before = self._orders.get(layer)
-        self._orders[layer] = order if before is None else [before[i] for i in order]
-        orders = list(self._orders.values())
-        if len(orders) == len(self._filled) and all(o == orders[0] for o in orders):
-            self._orders.clear()
-            self._move(orders[0])
+        whole = self._orders.ask(layer, order, len(self._filled))
+        if whole is not None:
+            self._move(whole)
 
     def settle(self, layer: int) -> None:
         """Apply to one layer alone what was asked of it alone: its rows are copied."""
-        order = self._orders.pop(layer, None)
+        order = self._orders.pop(layer)
         if order is None:
             return
         if len(order) != len(self.sequences):
@@ -320,6 +314,7 @@ class Store:
         twin.kv, twin._owner = self.kv, self._owner
         twin.sparse, twin.tiers = self.sparse, self.tiers
         twin.kept = copy.deepcopy(self.kept, memo)
+        twin.latents = copy.deepcopy(self.latents, memo)
         twin.layers, twin._filled = self.layers, set(self._filled)
         twin._orders = copy.deepcopy(self._orders, memo)
         if self.sequences and self.options.zero_backed:
@@ -328,6 +323,10 @@ class Store:
         elif self.sequences:
             twin._hold(self.cache.select(self.sequences, range(len(self.sequences))))
         return twin
+
+    @staticmethod
+    def _fits(kv: KVCache, rows: Tensor) -> bool:
+        return fits(rows, kv.layout.kv_heads, kv.layout)
 
     def _hold(self, sequences: list[Sequence]) -> None:
         # In place: the finalizer holds this very list.
@@ -362,11 +361,6 @@ def check_rows(layer: int, key: Tensor, value: Tensor) -> None:
             f"layer {layer} got {key.dtype} on {key.device}; this cache holds "
             f"{', '.join(sorted(DTYPES.values()))} on the CPU"
         )
-
-
-def _fits(layout: Layout, rows: Tensor) -> bool:
-    shape = (layout.kv_heads, layout.head_dim, layout.dtype)
-    return shape == (rows.shape[1], rows.shape[3], DTYPES.get(rows.dtype))
 
 
 def _close(sequences: list[Sequence]) -> None:

@@ -36,7 +36,7 @@ class KeepLog:
             self._gone = np.concatenate([self._gone, wider], axis=2)
         held = np.zeros((*self._gone.shape[:2], tokens), bool)
         for layer, rows in enumerate(held):
-            positions, counts = heads.positions(layer)[b].cpu().numpy(), heads.lengths(layer)[b]
+            positions, counts = heads.places(layer)[b].cpu().numpy(), heads.held(layer)[b]
             for row, at, count in zip(rows, positions, counts.tolist(), strict=True):
                 row[at[:count]] = True
         now = self._gone[:, :, :tokens]

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vattn.picture import COLORS, CURVE, FAINT, GRID, INK, PAPER, History, sheet
 from vattn.report import size
+from vattn.show import USED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from vattn.keeps import KeepLog
-    from vattn.picture import History
 
-_PAPER, _INK, _FAINT = "#ffffff", "#22303c", "#8896a3"
 # A legend on the right above a plot, in one line.
 _ABOVE: dict[str, Any] = {
     "loc": "lower right",
@@ -27,33 +27,18 @@ _ABOVE: dict[str, Any] = {
     "handlelength": 1.4,
 }
 _COLUMNS = 1200  # of the picture; longer texts are averaged
-_KEPT, _EARLY, _LATE, _NEVER = "#2f6db5", "#fbe3c4", "#d9741a", "#edf0f3"
+_KEPT, _EARLY, _LATE, _NEVER = COLORS[USED], "#fbe3c4", "#d9741a", "#edf0f3"
 
 
 def draw_kept(path: Path, log: KeepLog, history: History, *, title: str) -> None:
     """Write the picture as PNG (or whatever ``path`` ends in): the tokens of each head above, below
     them the rows and bytes held."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     heads = log.eviction.heads
     height = min(9.0, 1.2 + 0.16 * heads.layers * heads.kv_heads)
-    style = {
-        "font.size": 10,
-        "font.family": "DejaVu Sans",
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _FAINT,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(11, height + 4.4), facecolor=_PAPER, layout="constrained")
+    with sheet(path, height + 4.4, title) as figure:
         tokens, memory = figure.subplots(2, 1, height_ratios=[height, 2.9])
-        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
         _draw_tokens(tokens, log)
         _draw_memory(memory, log, history)
-        figure.savefig(path, dpi=130, facecolor=_PAPER)
 
 
 def colours(lifetimes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -85,11 +70,11 @@ def _draw_tokens(axes: Axes, log: KeepLog) -> None:
     drawn = mixed(colours(lifetimes), _COLUMNS)
     axes.imshow(drawn, aspect="auto", extent=(0, tokens, many, 0), interpolation="nearest")
     lines = [layer * heads.kv_heads for layer in range(1, heads.layers)]
-    axes.hlines(lines, 0, tokens, color=_PAPER, lw=1.2)
+    axes.hlines(lines, 0, tokens, color=PAPER, lw=1.2)
     every = -(-heads.layers // 24)
     named = range(0, heads.layers, every)
     axes.set_yticks([(layer + 0.5) * heads.kv_heads for layer in named], [str(i) for i in named])
-    axes.axvline(log.tokens[0], color=_INK, lw=0.9, ls=":")
+    axes.axvline(log.tokens[0], color=INK, lw=0.9, ls=":")
     axes.set_xlim(0, tokens)
     axes.set_xlabel("token of the text (dotted: end of the prompt)")
     axes.set_ylabel(f"layer, {heads.kv_heads} KV heads each")
@@ -99,7 +84,7 @@ def _draw_tokens(axes: Axes, log: KeepLog) -> None:
         f"{name}: tokens kept by each head ({share:.1%} at the end)",
         loc="left",
         fontsize=10,
-        color=_FAINT,
+        color=FAINT,
     )
     handles = [
         Patch(color=_KEPT, label="kept"),
@@ -131,15 +116,14 @@ def _draw_memory(axes: Axes, log: KeepLog, history: History) -> None:
     drawn = [*rows, *mapped]
     for name, curve in history.curves.items():
         xs, ys = [x for x, _ in curve], [y / scale for _, y in curve]
-        drawn += right.plot(xs, ys, color="#c0504d", lw=1.3, ls=":", label=name)
+        drawn += right.plot(xs, ys, label=name, **CURVE)
         top = max(top, *(y for _, y in curve))
     right.set_ylim(0, top / scale * 1.15)
     right.set_ylabel("MiB")
     axes.legend(handles=drawn, **_ABOVE)
-    axes.grid(axis="y", color="#e6eaee", lw=0.8)
-    for side in ("top",):
-        axes.spines[side].set_visible(False)
-        right.spines[side].set_visible(False)
+    axes.grid(axis="y", color=GRID, lw=0.8)
+    for each in (axes, right):
+        each.spines["top"].set_visible(False)
 
 
 def _rgb(name: str) -> NDArray[np.float64]:

@@ -102,8 +102,11 @@ class Lengths:
         Raises:
             OutOfPages, MapLimitError, DriverError: no row has changed.
         """
+        reach = self.arena.shared_to[batch.pick]
+        if not np.logical_or.reduce(reach):
+            return
         first = lengths * self.layout.row_bytes // self.layout.page
-        shared = first < self.arena.shared_to[batch.pick]
+        shared = first < reach
         if not np.logical_or.reduce(shared):
             return
         # Copies may need pages that a reclaimer finds: not those of the rows to be written.
@@ -163,9 +166,20 @@ class Lengths:
 
     def truncate(self, batch: Batch, which: slice, tokens: Ints) -> None:
         """See `KVCache.truncate` and `truncate_batch`."""
-        lengths, starts = self.lengths[batch.slots, which], self.starts[batch.slots, which]
-        first, top = starts.max(axis=1), lengths.max(axis=1)
+        pick = batch.pick
+        lengths, starts = self.lengths[pick, which], self.starts[pick, which]
+        first, top = np.maximum.reduce(starts, axis=1), np.maximum.reduce(lengths, axis=1)
         slid = tokens < first
+        if np.logical_or.reduce(slid | (tokens > top)):
+            self._refill_all(batch, which, tokens, slid, first, top)
+        self.lengths[pick, which] = np.minimum(lengths, tokens[:, None])
+        self.tokens[pick] = np.maximum.reduce(self.lengths[pick], axis=1)
+        self.promised[pick] = 0
+
+    def _refill_all(
+        self, batch: Batch, which: slice, tokens: Ints, slid: Ints, first: Ints, top: Ints
+    ) -> None:
+        """Map what a window released of the sequences that ``slid``: only for no tokens at all."""
         wrong = ((slid & (tokens != 0)) | (tokens > top)).nonzero()[0]
         if len(wrong):
             i = int(wrong[0])
@@ -176,9 +190,6 @@ class Lengths:
         for i in slid.nonzero()[0].tolist():
             self._refill(batch.sequences[i], which)
         self.starts[batch.slots[slid], which] = 0
-        self.lengths[batch.slots, which] = np.minimum(lengths, tokens[:, None])
-        self.tokens[batch.slots] = self.lengths[batch.slots].max(axis=1)
-        self.promised[batch.slots] = 0
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """``target`` holds the first ``tokens`` tokens of ``source`` now."""

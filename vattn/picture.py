@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,11 @@ from vattn.show import KINDS, RESERVED, RETAINED, SHARED, TAIL, USED, Band, Memo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_COLORS = {USED: "#2f6db5", SHARED: "#8257b8", TAIL: "#f0a13a", RETAINED: "#aeb8c2"}
-_PAPER, _INK, _FAINT = "#ffffff", "#22303c", "#8896a3"
+PAPER, INK, FAINT, GRID = "#ffffff", "#22303c", "#8896a3", "#e6eaee"
+CURVE: dict[str, Any] = {"color": "#c0504d", "lw": 1.3, "ls": ":"}  # other amounts
+COLORS = {USED: "#2f6db5", SHARED: "#8257b8", TAIL: "#f0a13a", RETAINED: "#aeb8c2"}
 _MOST_BANDS = 24
 _MOST_GRID_PAGES = 160
 # A level that would flatten the curves to less than this share of the picture is only named.
@@ -63,31 +66,38 @@ def draw(
 ) -> None:
     """Write the picture as PNG (or whatever ``path`` ends in): the map above, below it the history
     and what was read."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     bands = memory.bands[:_MOST_BANDS]
     map_height = 1.1 + 0.42 * max(1, len(bands))
     heights = [map_height] + ([3.2] if history else []) + ([3.6] if reads else [])
-    style = {
-        "font.size": 10,
-        "font.family": "DejaVu Sans",
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _FAINT,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(11, sum(heights) + 1.5), facecolor=_PAPER, layout="constrained")
+    with sheet(path, sum(heights) + 1.5, title) as figure:
         axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
         _draw_map(axes[0], memory, bands)
         if history:
             _draw_history(axes[1], history)
         if reads:
             _draw_reads(axes[-1], reads)
-        figure.savefig(path, dpi=130, facecolor=_PAPER)
+
+
+@contextmanager
+def sheet(path: Path, height: float, title: str) -> Iterator[Figure]:
+    """A figure in our colours, of so many inches, written to ``path`` when it is drawn."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style = {
+        "font.size": 10,
+        "font.family": "DejaVu Sans",
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": FAINT,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(11, height), facecolor=PAPER, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+        yield figure
+        figure.savefig(path, dpi=130, facecolor=PAPER)
 
 
 def _draw_map(axes: Axes, memory: MemoryMap, bands: Sequence[Band]) -> None:
@@ -102,12 +112,12 @@ def _draw_map(axes: Axes, memory: MemoryMap, bands: Sequence[Band]) -> None:
         for kind, count in band.runs:
             if kind != RESERVED:
                 axes.barh(
-                    y, count * per_page, left=page * per_page, height=0.62, color=_COLORS[kind]
+                    y, count * per_page, left=page * per_page, height=0.62, color=COLORS[kind]
                 )
             page += count
     if end <= _MOST_GRID_PAGES:
         lines = [page * per_page for page in range(1, end)]
-        axes.vlines(lines, -0.31, len(bands) - 0.69, color=_PAPER, lw=0.5, alpha=0.8)
+        axes.vlines(lines, -0.31, len(bands) - 0.69, color=PAPER, lw=0.5, alpha=0.8)
     axes.set_yticks(
         range(len(bands)),
         [f"{b.owner}\n{b.tokens:,} tokens, {b.lanes}" for b in bands],
@@ -123,10 +133,10 @@ def _draw_map(axes: Axes, memory: MemoryMap, bands: Sequence[Band]) -> None:
         f"Pages of {size(memory.page_bytes)} ({per_page:g} tokens of a lane); {reach}{more}",
         loc="left",
         fontsize=10,
-        color=_FAINT,
+        color=FAINT,
     )
     present = {kind for band in bands for kind, _ in band.runs}
-    patches = [Patch(color=_COLORS[k], label=KINDS[k]) for k in _COLORS if k in present]
+    patches = [Patch(color=COLORS[k], label=KINDS[k]) for k in COLORS if k in present]
     patches.append(Patch(facecolor="#f3f5f7", edgecolor="#c5ccd3", label=KINDS[RESERVED]))
     axes.figure.legend(
         handles=patches,
@@ -145,13 +155,13 @@ def _draw_history(axes: Axes, history: History) -> None:
     xs, mapped, used = _columns(history)
     step = "post" if history.marks else None
     drawn = "steps-post" if history.marks else "default"
-    axes.fill_between(xs, mapped, step=step, color=_COLORS[USED], alpha=0.18, lw=0)
-    for name, ys, color in (("mapped", mapped, _COLORS[USED]), ("used", used, _COLORS[TAIL])):
+    axes.fill_between(xs, mapped, step=step, color=COLORS[USED], alpha=0.18, lw=0)
+    for name, ys, color in (("mapped", mapped, COLORS[USED]), ("used", used, COLORS[TAIL])):
         label = f"{name} ({size(ys[-1])} at the end)"
         axes.plot(xs, ys, drawstyle=drawn, color=color, lw=1.7, label=label)
     low, top = min(used), max(mapped)
     for name, curve in history.curves.items():
-        axes.plot(*zip(*curve, strict=True), color="#c0504d", lw=1.3, ls=":", label=name)
+        axes.plot(*zip(*curve, strict=True), label=name, **CURVE)
         top = max(top, *(y for _, y in curve))
     # Where little changes, look closely: the axis then starts above 0 and says so.
     bottom = low - (top - low) / 2 if low > top / 2 else 0
@@ -159,7 +169,7 @@ def _draw_history(axes: Axes, history: History) -> None:
     for i, (name, level) in enumerate(sorted(history.levels.items(), key=lambda item: item[1])):
         if level <= seen:
             label, top = f"{name} ({size(level)})", max(top, level)
-            axes.axhline(level, color=_INK, lw=1.1, ls=("--", "-.")[i % 2], label=label)
+            axes.axhline(level, color=INK, lw=1.1, ls=("--", "-.")[i % 2], label=label)
         else:
             axes.plot([], [], " ", label=f"{name} ({size(level)}, above this picture)")
     axes.set_ylim(bottom, top + (top - bottom) * 0.12 if top > bottom else bottom + 1)
@@ -168,14 +178,14 @@ def _draw_history(axes: Axes, history: History) -> None:
     axes.set_yticks(ticks, _byte_labels(ticks))
     axes.set_xlabel(history.x_name)
     cut = ", axis cut below" if bottom else ""
-    axes.set_title(f"Memory over time{cut}", loc="left", fontsize=10, color=_FAINT)
+    axes.set_title(f"Memory over time{cut}", loc="left", fontsize=10, color=FAINT)
     if history.marks:
         axes.set_xticks(
             [x + 0.5 for x in history.marks], list(history.marks.values()), fontsize=8.5
         )
         axes.tick_params(axis="x", length=0)
     axes.legend(loc="best", frameon=False, fontsize=9)
-    axes.grid(axis="y", color="#e6eaee", lw=0.8)
+    axes.grid(axis="y", color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -189,9 +199,9 @@ def _draw_reads(axes: Axes, reads: Reads) -> None:
     extent = (0, steps, 0, spans * reads.page_tokens)
     where = {"origin": "lower", "aspect": "auto", "extent": extent, "interpolation": "nearest"}
     if reads.slow is not None:
-        tint = mpl.colors.LinearSegmentedColormap.from_list("slow", [_PAPER, _COLORS[TAIL]])
+        tint = mpl.colors.LinearSegmentedColormap.from_list("slow", [PAPER, COLORS[TAIL]])
         axes.imshow(reads.slow.T, cmap=tint, vmin=0, vmax=1.6, **where)
-    ink = mpl.colors.LinearSegmentedColormap.from_list("read", ["#2f6db500", "#16324f"])
+    ink = mpl.colors.LinearSegmentedColormap.from_list("read", [COLORS[USED] + "00", "#16324f"])
     axes.imshow(reads.shares.T, cmap=ink, vmin=0, vmax=1, **where)
     axes.set_xlabel("decode step")
     axes.set_ylabel("token")
@@ -202,7 +212,7 @@ def _draw_reads(axes: Axes, reads: Reads) -> None:
         f"all){tier}",
         loc="left",
         fontsize=10,
-        color=_FAINT,
+        color=FAINT,
     )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

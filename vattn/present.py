@@ -183,6 +183,8 @@ class Session:
             self.out.print(verdict(report["compare"]))
         if "activity" in report:
             self.out.print(activity_line(run), highlight=False, soft_wrap=True)
+        if "latents" in report:
+            self.out.print(latents_line(report["latents"]), highlight=False, soft_wrap=True)
         if "tiers" in report:
             self.out.print(tiers_line(report["tiers"]), highlight=False, soft_wrap=True)
         for name, path in report["files"].items():
@@ -221,6 +223,9 @@ def build_report(generator: Generator, run: Run, stock: Run | None) -> dict[str,
         report["activity"] = [asdict(layer) for layer in run.cache.activity()]
     if store is not None and store.kept is not None:
         report["kept"] = [{**asdict(layer), "share": layer.share} for layer in run.cache.kept()]
+    if store is not None and store.latents is not None:
+        made = store.latents.compressed
+        report["latents"] = {"share": made.share, "ranks": made.ranks, "widths": made.widths}
     if store is not None and store.tiers is not None:
         report["tiers"] = store.tiers.stats().to_dict()
     if stock is not None:
@@ -320,6 +325,15 @@ def tiers_line(stats: dict[str, int]) -> str:
         f"memory {size(stats['fast_bytes'])} of {size(stats['fast_budget_bytes'])}, file "
         f"{size(stats['slow_bytes'])}; {size(stats['demoted_bytes'])} went there and "
         f"{size(stats['promoted_bytes'])} came back, {size(stats['copied_bytes'])} copied{found}"
+    )
+
+
+def latents_line(latents: dict[str, Any]) -> str:
+    """How much of K and V is held, and in which layers."""
+    ranks = ", ".join(map(str, latents["ranks"]))
+    return (
+        f"latents are {latents['share']:.1%} of K and V: of {max(latents['widths'])} numbers "
+        f"{ranks} by layer; the map is that of layer 0"
     )
 
 

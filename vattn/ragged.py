@@ -92,13 +92,13 @@ def attend_lse(
         )
         return stream.stream_ragged(query, places, scale=scale, window=window_tokens or 0)
     parts = [
-        _one(query[i : i + 1], k[None], v[None], scale, window_tokens)
+        attend_one(query[i : i + 1], k[None], v[None], scale, window_tokens)
         for i, (k, v) in enumerate(zip(ragged.k, ragged.v, strict=True))
     ]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
-def _one(
+def attend_one(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Attend to one sequence: what all queries see, then the triangle of the last tokens."""

@@ -14,7 +14,6 @@ fork without memory for it, a truncated sequence) is made again from K.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -25,10 +24,10 @@ from .allocator.arena import Arena
 from .allocator.errors import VattnError
 from .batch import Batch, Ints
 from .cache import ALL, KVCache
-from .cache import forget_reclaimer as _forget
 from .kernels.index import Index, Part
 from .layout import Layout
 from .lengths import Lengths
+from .reclaimer import enlist
 from .tensor import Window
 
 # Tokens whose keys are summarised at once: their float32 copies stay small.
@@ -95,9 +94,7 @@ class Records:
         self.counts = np.zeros((cache.slots, cache.layout.physical_layers), np.int64)
         self._parts: dict[int, tuple[Tensor, ...]] = {}
         cache.followers.add(self)
-        self._reclaim = _weak_reclaimer(self)
-        cache.pool.reclaimers.append(self._reclaim)
-        weakref.finalize(self, _forget, cache.pool.reclaimers, self._reclaim)
+        self._leave_pool = enlist(cache.pool, self)
 
     @property
     def nbytes(self) -> int:
@@ -152,7 +149,7 @@ class Records:
     def close(self) -> None:
         """Give the memory back. Idempotent."""
         self.cache.followers.discard(self)
-        _forget(self.cache.pool.reclaimers, self._reclaim)
+        self._leave_pool()
         for column in self.columns:
             column.arena.close()
 
@@ -245,15 +242,3 @@ class Records:
                     column.lengths.measure_one(slot)
                 else:
                     pages -= self._empty(column, slot)
-
-
-def _weak_reclaimer(records: Records) -> Callable[[int], None]:
-    """The pool may ask for pages, but must not keep the records alive."""
-    ref = weakref.ref(records)
-
-    def reclaim(pages: int) -> None:
-        alive = ref()
-        if alive is not None and not alive.cache.closed:
-            alive.reclaim(pages)
-
-    return reclaim

@@ -39,6 +39,7 @@ class Request:
     select: str | None = None
     budget: str | None = None
     policy: str | None = None
+    lorc: str | None = None
     host_bytes: int | None = None
     seed: int = 0
     temperature: float = 0.0
@@ -62,6 +63,7 @@ class Request:
         if self.context is not None and self.context < 1:
             raise RequestError(f"--context must be at least 1 token, got {self.context}")
         self._check_selection()
+        self._check_latents()
         if self.temperature < 0:
             raise RequestError(f"--temperature must not be negative, got {self.temperature}")
 
@@ -97,6 +99,29 @@ class Request:
             )
         return share
 
+    def lorc_share(self) -> float | None:
+        """The share of the cache's bytes that latents take; None: there are none.
+
+        Raises:
+            RequestError: no share.
+        """
+        if self.lorc is None:
+            return None
+        try:
+            return float(self.lorc[:-1]) / 100 if self.lorc.endswith("%") else float(self.lorc)
+        except ValueError:
+            raise RequestError(
+                f"--lorc is a share of the cache's bytes such as 50%, got {self.lorc!r}"
+            ) from None
+
+    def _check_latents(self) -> None:
+        self.lorc_share()
+        others = {"select": self.select, "policy": self.policy, "host-tier": self.host_bytes}
+        others |= {"rows": self.rows, "snapshot": self.trace or None}
+        for name, value in others.items():
+            if self.lorc is not None and value is not None:
+                raise RequestError(f"--lorc does not go with --{name}: leave one of them out")
+
     def _check_selection(self) -> None:
         if self.select is None and self.policy is None and self.budget is not None:
             raise RequestError(
@@ -108,10 +133,11 @@ class Request:
             other = "--snapshot" if self.trace else "--host-tier"
             raise RequestError(f"--policy does not go with {other}: leave one of them out")
         asked = {"select": self.select, "policy": self.policy, "host-tier": self.host_bytes}
+        asked["lorc"] = self.lorc
         for name, value in asked.items():
             if value is not None and self.cache != "vattn":
                 raise RequestError(f"--{name} needs --cache vattn, got {self.cache}")
-            if value is not None and name != "host-tier" and self.attention != "vattn":
+            if value is not None and name in ("select", "policy") and self.attention != "vattn":
                 raise RequestError(f"--{name} needs --attn vattn, got {self.attention}")
 
 

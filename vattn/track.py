@@ -15,14 +15,16 @@ class Track:
     def __init__(self, batch: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
         self._rows = torch.zeros(batch, kv_heads, 0, dtype=dtype, device=device)
 
-    @torch.inference_mode(False)
     def get(self, longest: int) -> Tensor:
         """The first ``longest`` numbers of each range; 0 where none was set. A view to write to."""
         have = self._rows.shape[2]
         if have < longest:
-            more = max(longest - have, have // 2)
-            self._rows = torch.nn.functional.pad(self._rows, (0, more))
+            self._grow(max(longest - have, have // 2))
         return self._rows[:, :, :longest]
+
+    @torch.inference_mode(False)
+    def _grow(self, rows: int) -> None:
+        self._rows = torch.nn.functional.pad(self._rows, (0, rows))
 
     @torch.inference_mode(False)
     def keep(self, rows: Tensor) -> None:
@@ -32,6 +34,12 @@ class Track:
     def move(self, sequence: Tensor, head: Tensor, row: Tensor, source: Tensor) -> None:
         """The number of row ``source`` goes to ``row``, of each sequence and head."""
         self._rows[sequence, head, row] = self._rows[sequence, head, source]
+
+    def swap(self, rows: Tensor, last: Tensor) -> None:
+        """The number of the ``last`` row [batch, kv_heads] goes to ``rows``; behind is 0."""
+        values = self._rows
+        values.scatter_(2, rows[..., None], values.gather(2, last[..., None]))
+        values.scatter_(2, last[..., None], 0)
 
     def clear_behind(self, counts: Tensor) -> None:
         """Numbers of rows from ``counts`` [batch, kv_heads] on become 0."""

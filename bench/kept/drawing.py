@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from bench.kept.roster import CHANCE, COUNTER, FIFO, MASS, ORACLE, STEPS, TOVA
+from vattn.picture import FAINT, INK, PAPER
 
-PAPER, INK, FAINT, REST = "#ffffff", "#22303c", "#8896a3", "#b9c3cc"
+REST = "#b9c3cc"
 COLORS = {
-    CHANCE: "#8896a3",
+    CHANCE: FAINT,
     FIFO: "#e0a030",
     TOVA: "#8257b8",
     MASS: "#2f6db5",
     COUNTER: "#2a9d8f",
     STEPS: "#d1495b",
     "SnapKV": "#7a5c3e",
-    ORACLE: "#22303c",
+    ORACLE: INK,
 }
+# Unit, the dense value, and of each policy (share kept, value).
 Panel = tuple[str, float, Mapping[str, list[tuple[float, float]]]]
 
 

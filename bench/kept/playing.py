@@ -42,7 +42,7 @@ class Played:
     evicted: int
 
 
-def watches(evictor: Evictor | None) -> bool:
+def decides_at_steps(evictor: Evictor | None) -> bool:
     """Whether an evictor that sees questions one after the other can choose behind the last."""
     if evictor is None:
         return True
@@ -64,7 +64,7 @@ def resized(evictor: Evictor, budget: int, recent: int = 0) -> Evictor:
 def play(net: Reader, evictor: Evictor | None, script: Script) -> Played:
     """Read the prompt, watch, evict, ask."""
     room = script.asked.shape[2] + (0 if script.watched is None else 1)
-    if script.watched is not None and not watches(evictor):
+    if script.watched is not None and not decides_at_steps(evictor):
         reading, start = _closed(net, evictor, script, room)
     else:
         reading, start = _open(net, evictor, script, room)
@@ -85,8 +85,8 @@ def _open(net: Reader, evictor: Evictor | None, script: Script, room: int) -> tu
     reading = Reading(net, waiting, script.prompt, room)
     start, last = reading.mark(), len(script.watched) - 1
     for at, tokens in enumerate(script.watched):
-        if at == last and reading.eviction is not None and evictor is not None:
-            reading.eviction.evictor = evictor
+        if at == last and evictor is not None:
+            reading.follow(evictor)
         reading.feed(tokens)
         reading.rewind(start)
     return reading, start

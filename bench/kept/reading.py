@@ -89,7 +89,7 @@ class Reading:
     def __init__(self, net: Reader, evictor: Evictor | None, prompt: Prompt, room: int) -> None:
         batch, length = prompt.ids.shape
         dim = prompt.parts[0].key.shape[3]
-        self.net, self.position, self.footprint, self.steps = net, length, 0.0, 0
+        self.net, self.position, self.footprint = net, length, 0.0
         self.heads = HeadCache(
             net.layers,
             net.kv_heads,
@@ -122,11 +122,15 @@ class Reading:
             hidden = net.finish(layer, hidden, out)
         self.position += tokens.shape[1]
         self.footprint += self.held() * tokens.shape[1]
-        self.steps += 1
         return net.logits(hidden)
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> None:
         (self.eviction or self.heads).append(layer, k, v)
+
+    def follow(self, evictor: Evictor) -> None:
+        """Another evictor from now on, with its own budget."""
+        assert self.eviction is not None
+        self.eviction.follow(evictor)
 
     def mark(self) -> Mark:
         """This place."""
@@ -137,12 +141,12 @@ class Reading:
         gone = self.position - mark.position
         if gone:
             for layer in range(self.net.layers):
-                self.heads.crop(layer, gone)
+                (self.eviction or self.heads).crop(layer, gone)
         self.position, self.last = mark.position, list(mark.last)
 
     def held(self) -> float:
         """Rows that a KV head of a layer holds, on average."""
-        each = [float(self.heads.lengths(layer).mean()) for layer in range(self.net.layers)]
+        each = [float(self.heads.held(layer).mean()) for layer in range(self.net.layers)]
         return sum(each) / len(each)
 
     def evicted(self) -> int:

@@ -1,23 +1,21 @@
 """Every eviction policy there is, made for a task and a budget.
 
-Policies are found in `vattn.evictors` by themselves: each frozen dataclass that scores. Tokens that
-are kept in any case and windows are cut to what the task allows (`Grain`); what a policy has to be
-told about the model or the future is in `Facts`; all else is as the policy has it.
+Policies are those `vattn.evictors` offers. First and last tokens that are kept in any case, and
+windows, are cut to what the task allows (`Grain`); what a policy has to be told about the model or
+the future is in `Facts`; all else is as the policy has it.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from vattn import evictors
 from vattn.evictor import Evictor, EvictorError
+from vattn.evictors import names
 from vattn.evictors.combined import Protected
 from vattn.evictors.duo_attention import DuoAttention
 from vattn.evictors.elastic import Merging
@@ -32,7 +30,7 @@ from vattn.evictors.snapkv import SnapKV
 
 FIFO, TOVA, COUNTER, ORACLE, CHANCE = "PoolFifo", "TOVA", "PoolCounter", "Oracle", "RandomTokens"
 MASS, STEPS = "H2O", "H2O, steps"  # the latter: of decode steps alone
-MEANS = 8
+MEANS = 8  # times the mean weight: the threshold of `MPCacheStatic`
 LEFT_OUT = ("PerLayer",)  # it has nothing to add to those it is made of
 
 
@@ -96,16 +94,8 @@ def fitted(kind: type[Evictor], budget: int, grain: Grain, **given: Any) -> Evic
 
 @cache
 def kinds() -> dict[str, type[Evictor]]:
-    """Policies by name."""
-    found: dict[str, type[Evictor]] = {}
-    for module in pkgutil.iter_modules(evictors.__path__):
-        inside = importlib.import_module(f"vattn.evictors.{module.name}")
-        own = [x for x in vars(inside).values() if getattr(x, "__module__", "") == inside.__name__]
-        for kind in own:
-            # Those without a summary are what some policies share.
-            if isinstance(kind, type) and issubclass(kind, Evictor) and hasattr(kind, "summary"):
-                found[kind.__name__] = kind
-    return found
+    """Policies by the names of their classes."""
+    return {kind.__name__: kind for kind in names.kinds().values()}
 
 
 # ---- policies that take more than a budget, and variants -----------------------------------------
@@ -127,7 +117,7 @@ def lazy(budget: int, grain: Grain, facts: Facts) -> Evictor:
 
 
 def thresholded(budget: int, grain: Grain, facts: Facts) -> Evictor:
-    # The authors' 1e-3 is for thousands of tokens: here, so many times the mean weight.
+    # The authors' 1e-3 is for thousands of tokens.
     return fitted(MPCacheStatic, budget, grain, threshold=MEANS / facts.context)
 
 
@@ -168,30 +158,16 @@ SPECIAL: dict[str, Make] = {
 
 def roster() -> dict[str, Make]:
     """Policies by name, and how to make them; `left_out` are those that cannot be made here."""
-    return dict(_roster())
-
-
-def _roster() -> Iterator[tuple[str, Make]]:
-    for name, kind in kinds().items():
-        if name not in SPECIAL and _made_of_budget(kind):
-            yield name, _plain(kind)
-    yield from SPECIAL.items()
+    plain = {kind.__name__: _plain(kind) for kind in names.named().values()}
+    return {**{name: make for name, make in plain.items() if name not in SPECIAL}, **SPECIAL}
 
 
 def _plain(kind: type[Evictor]) -> Make:
     return lambda budget, grain, facts: fitted(kind, budget, grain)
 
 
-def _made_of_budget(kind: type[Evictor]) -> bool:
-    try:
-        kind()
-    except (TypeError, EvictorError):
-        return False
-    return True
-
-
 def left_out() -> list[str]:
-    """Policies that are not on the roster, and no wonder (`LEFT_OUT`) aside."""
+    """Policies that are not on the roster, but for those with nothing to add (`LEFT_OUT`)."""
     return sorted(kinds().keys() - roster().keys() - set(LEFT_OUT))
 
 

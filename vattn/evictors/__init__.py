@@ -5,6 +5,7 @@ by attention   H2O, Keyformer, CORM, TOVA, SnapKV, PyramidKV, AdaKV, CAKE, Criti
 by K and V     ExpectedAttention, KeyDiff, Knorm, LagKV
 by position    Streaming, SlidingWindow, Cascading, PoolFifo
 by head        SimLayerKV, DuoAttention
+by channel     ThinK
 offline        KVzip, KVzap
 merging        Elastic, Merging, SubGen
 of others      Protected, PerLayer, Merging
@@ -37,6 +38,7 @@ from vattn.evictors.simlayerkv import SimLayerKV
 from vattn.evictors.snapkv import SnapKV
 from vattn.evictors.streaming import SlidingWindow, Streaming
 from vattn.evictors.subgen import SubGen
+from vattn.evictors.think import ThinK
 from vattn.evictors.tova import TOVA
 
 __all__ = [
@@ -72,4 +74,5 @@ __all__ = [
     "SnapKV",
     "Streaming",
     "SubGen",
+    "ThinK",
 ]

@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from vattn.evictor import BEST, EvictorError, Seen, best
+from vattn.evictor import BEST, EvictorError, Seen, best, ranked
 from vattn.evictors.snapkv import SnapKV
-from vattn.kernels.contract import EMPTY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +41,8 @@ class AdaKV(SnapKV):
         return F.max_pool1d(before, self.kernel, stride=1, padding=self.kernel // 2)
 
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
-        ranked = score.masked_fill(self.forced(seen), BEST).masked_fill(~seen.valid, EMPTY)
+        line = ranked(score, self.forced(seen), seen)
         least = (budgets.double() * self.safeguard - 1e-9).ceil()
-        ranked = ranked.masked_fill(best(ranked, least) & seen.valid, BEST)
-        kept = best(ranked.flatten(1), budgets.sum(1))
+        line = line.masked_fill(best(line, least) & seen.valid, BEST)
+        kept = best(line.flatten(1), budgets.sum(1))
         return kept.view_as(score) & seen.valid

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vattn.evictor import Evictor, EvictorError, Seen, Step, best
+from vattn.evictors.order import by_text
 from vattn.selector import Caps
 
 LEAST = 1e-30  # of a preference: layers that want nothing share what the others leave
@@ -68,12 +69,11 @@ class CAKE(Evictor):
     def score(self, seen: Seen) -> Tensor:
         mean, variance, old = self._moments(seen)
         found = (mean + self.gamma * variance).mean(2) * old
-        return smoothed(found, seen.positions, seen.valid, self.kernel)
+        return smoothed(found, seen, self.kernel)
 
     def observe(self, score: Tensor, step: Step) -> Tensor:
-        held = torch.arange(score.shape[2], device=score.device) < step.counts[..., None]
         old = step.positions < (step.tokens - self.window_tokens)[:, None, None]
-        return smoothed(step.weights.mean(2) * old, step.positions, held, self.kernel)
+        return smoothed(step.mass() / step.logits.shape[2] * old, step, self.kernel)
 
     def _moments(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance over the window [B, H, G, n]; which keys are before it [B, H, n]."""
@@ -107,10 +107,10 @@ class CAKE(Evictor):
         return torch.where(target < tokens, kept + whole.long(), target).to(device)
 
 
-def smoothed(scores: Tensor, positions: Tensor, valid: Tensor, kernel: int) -> Tensor:
+def smoothed(scores: Tensor, seen: Seen | Step, kernel: int) -> Tensor:
     """The mean of each row's ``kernel`` neighbours in the text: rows may be in any order."""
-    order = positions.masked_fill(~valid, torch.iinfo(torch.int64).max).argsort(-1)
-    line = (scores * valid).gather(-1, order)
+    order = by_text(seen)
+    line = (scores * seen.valid).gather(-1, order)
     mean = F.avg_pool1d(line, kernel, stride=1, padding=kernel // 2)
     return torch.zeros_like(scores).scatter_(-1, order, mean)
 

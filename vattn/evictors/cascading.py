@@ -80,9 +80,9 @@ class Cascading(Evictor):
         return score
 
     def observe(self, score: Tensor, step: Step) -> Tensor:
-        weights = step.weights.unflatten(2, (-1, step.fresh)).mean(2)
-        ages = torch.arange(step.fresh - 1, -1, -1, device=score.device)[None]
-        return score * self.beta**step.fresh + self._average(weights, ages)
+        groups = step.logits.shape[2] // step.fresh
+        shares = [(1 - self.beta) * self.beta**age / groups for age in reversed(range(step.fresh))]
+        return score * self.beta**step.fresh + step.mass(shares)
 
     def _average(self, weights: Tensor, ages: Tensor) -> Tensor:
         """What attention [B, H, r, n] of queries of ages [b, r] adds: [B, H, n]."""

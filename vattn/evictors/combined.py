@@ -11,7 +11,7 @@ from torch import Tensor
 from vattn.evictor import BEST, Evictor, EvictorError, Seen, Step
 from vattn.selector import Caps
 
-TRAITS = ("decodes", "watches", "cascades", "joint", "adaptive", "merges")
+TRAITS = ("decodes", "watches", "cascades", "joint", "adaptive", "merges", "narrows")
 FIELDS = tuple(each.name for each in fields(Evictor))
 
 
@@ -61,6 +61,9 @@ class Wrapper(Evictor):
     def forced(self, seen: Seen) -> Tensor:
         return self.base.forced(seen)
 
+    def recent(self, seen: Seen) -> int | Tensor:
+        return self.base.recent(seen)
+
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
         return self.base.choose(score, seen, budgets)
 
@@ -69,6 +72,9 @@ class Wrapper(Evictor):
 
     def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         return self.base.merged(seen, keep)
+
+    def narrowed(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.base.narrowed(seen, keep)
 
     def preference(self, seen: Seen) -> Tensor:
         return self.base.preference(seen)
@@ -219,6 +225,9 @@ class PerLayer(Evictor):
     def forced(self, seen: Seen) -> Tensor:
         return self.of(seen.layer).forced(seen)
 
+    def recent(self, seen: Seen) -> int | Tensor:
+        return self.of(seen.layer).recent(seen)
+
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
         one = self.of(seen.layer)
         return seen.valid if self._rests(seen) else one.choose(score, seen, budgets)
@@ -228,6 +237,9 @@ class PerLayer(Evictor):
 
     def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         return self.of(seen.layer).merged(seen, keep)
+
+    def narrowed(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.of(seen.layer).narrowed(seen, keep)
 
     def _rests(self, seen: Seen) -> bool:
         """Whether this is a step, and the layer's evictor drops tokens after prompts alone."""

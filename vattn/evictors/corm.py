@@ -50,11 +50,11 @@ class CORM(Evictor):
         return last
 
     def observe(self, score: Tensor, step: Step) -> Tensor:
-        at = step.tokens[:, None] + torch.arange(-step.fresh, 0, device=score.device)
-        return score.maximum(last_major(step.logits.unflatten(2, (-1, step.fresh)), at))
+        at, block = step.block()
+        return score.maximum(last_major(block, at))
 
-    def forced(self, seen: Seen) -> Tensor:
-        return super().forced(seen) | (seen.age < self.window_tokens)
+    def recent(self, seen: Seen) -> int:
+        return max(self.recent_tokens, self.window_tokens)
 
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
         first = (seen.tokens - self.window_tokens)[:, None, None]

@@ -8,24 +8,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vattn.evictor import BEST, Evictor, EvictorError, Seen, best
-from vattn.evictors.snapkv import smoothed
+from vattn.evictor import EvictorError, Seen, best, ranked
+from vattn.evictors.snapkv import SnapKV, smoothed
 from vattn.kernels.columns import SCORES
-from vattn.kernels.contract import EMPTY
 from vattn.selector import Caps
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticalKV(Evictor):
-    """Keep by attention first, then by attention times what the token adds to the output.
+class CriticalKV(SnapKV):
+    """Keep by SnapKV's attention first, then by that times what the token adds to the output.
 
     Of the budget that forced tokens leave, the share ``first`` goes by attention a of the prompt's
     last queries, the rest by (a + epsilon) * ||W_o v||_1; a is smoothed, and both are means over
     the query heads of a KV head.
 
     Args:
-        window_tokens: queries that are asked; their own tokens are kept in any case.
-        kernel: tokens that a is averaged over, odd.
         first: share of the first stage.
         epsilon: of the second stage.
 
@@ -33,10 +30,6 @@ class CriticalKV(Evictor):
     weight behind attention: `Eviction(outputs=...)`.
     """
 
-    sink_tokens: int = 0
-    recent_tokens: int = 32
-    window_tokens: int = 32
-    kernel: int = 5
     first: float = 0.5
     epsilon: float = 1e-4
 
@@ -46,18 +39,10 @@ class CriticalKV(Evictor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window_tokens < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise EvictorError(
-                "window_tokens must be >= 1 and kernel an odd int >= 1, got "
-                f"{self.window_tokens} and {self.kernel}"
-            )
         if not 0 <= self.first <= 1 or not self.epsilon >= 0:
             raise EvictorError(
                 f"first must be in [0, 1] and epsilon >= 0, got {self.first!r} and {self.epsilon!r}"
             )
-
-    def rows(self, tokens: int) -> int:
-        return self.window_tokens
 
     def score(self, seen: Seen) -> Tensor:
         if seen.output is None:
@@ -69,10 +54,10 @@ class CriticalKV(Evictor):
         forced = self.forced(seen) & seen.valid
         budgets, many = self.budgets(seen), forced.sum(-1)
         stage = many + ((budgets - many).clamp_min(0) * self.first).long()
-        ranked = attention.masked_fill(forced, BEST).masked_fill(~seen.valid, EMPTY)
+        passed = best(ranked(attention, forced, seen), stage)
         second = (attention + self.epsilon) * projected(seen.values, seen.output)
         # Whoever passed the first stage stands above all others.
-        return second + best(ranked, stage) * (second.amax(-1, keepdim=True) + 1)
+        return second + passed * (second.amax(-1, keepdim=True) + 1)
 
 
 def projected(values: Tensor, output: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vattn.evictor import ALL_ROWS, Evictor, EvictorError, Seen, Step
@@ -51,8 +50,7 @@ class H2O(Evictor):
         return seen.score + (TIE * mass if self.decode_only else mass)
 
     def observe(self, score: Tensor, step: Step) -> Tensor:
-        return score + step.weights.sum(2)
+        return score + step.mass()
 
-    def forced(self, seen: Seen) -> Tensor:
-        recent = (seen.target * self.recent_share).to(torch.int64)
-        return super().forced(seen) | (seen.age < recent[:, None, None])
+    def recent(self, seen: Seen) -> Tensor:
+        return (seen.target * self.recent_share).long().clamp_min(self.recent_tokens)

@@ -71,15 +71,13 @@ class Keyformer(Evictor):
         return total
 
     def observe(self, score: Tensor, step: Step) -> Tensor:
-        new = torch.arange(-step.fresh, 0, device=score.device)
-        block = step.logits.unflatten(2, (-1, step.fresh))
+        at, block = step.block()
         tau = min(self.tau_end, self.tau_init + self.tau_delta * (step.number + 1))
-        at = step.tokens[:, None] + new
         return score + self._added(block, at, step.positions, step.layer, tau)
 
-    def forced(self, seen: Seen) -> Tensor:
-        recent = (seen.target.double() * self.recent_share + 1e-9).floor()
-        return super().forced(seen) | (seen.age < recent[:, None, None])
+    def recent(self, seen: Seen) -> Tensor:
+        share = (seen.target.double() * self.recent_share + 1e-9).long()
+        return share.clamp_min(self.recent_tokens)
 
     def _added(
         self, block: Tensor, at: Tensor, positions: Tensor, layer: int, tau: float

@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vattn.evictor import BEST, Evictor, EvictorError, Seen, best
+from vattn.evictor import Evictor, EvictorError, Seen, best, ranked
 from vattn.evictors.oracle import by_position
-from vattn.kernels.contract import EMPTY
 from vattn.selector import Caps
 
 
@@ -59,12 +58,12 @@ class KVzip(Evictor):
     def choose_jointly(
         self, scores: list[Tensor], seen: list[Seen], target: Tensor
     ) -> list[Tensor]:
-        ranked = [
-            score.masked_fill(self.forced(some), BEST).masked_fill(~some.valid, EMPTY).flatten(1)
+        lines = [
+            ranked(score, self.forced(some), some).flatten(1)
             for score, some in zip(scores, seen, strict=True)
         ]
-        keep = best(torch.cat(ranked, 1), target * sum(some.counts.shape[1] for some in seen))
-        parts = keep.split([line.shape[1] for line in ranked], 1)
+        keep = best(torch.cat(lines, 1), target * sum(some.counts.shape[1] for some in seen))
+        parts = keep.split([line.shape[1] for line in lines], 1)
         return [
             part.reshape(score.shape) & some.valid
             for part, score, some in zip(parts, scores, seen, strict=True)

@@ -56,7 +56,8 @@ class LagKV(Evictor):
         parts = (longest - first) // lag
         if parts > 1:
             rows = order[..., first : first + parts * lag, None]
-            sides = (x.gather(2, rows.expand(*rows.shape[:3], x.shape[3])) for x in self._kv(seen))
+            both = (seen.keys, seen.values)
+            sides = (x.gather(2, rows.expand(*rows.shape[:3], x.shape[3])) for x in both)
             found = sum(deviation(side.float().unflatten(2, (parts, lag))) / 2 for side in sides)
             assert isinstance(found, Tensor)
             if not self.across:
@@ -69,10 +70,6 @@ class LagKV(Evictor):
 
     def rescore(self, seen: Seen) -> Tensor:
         return self.score(seen)
-
-    @staticmethod
-    def _kv(seen: Seen) -> tuple[Tensor, Tensor]:
-        return seen.keys, seen.values
 
 
 def deviation(parts: Tensor) -> Tensor:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 import vattn.evictors
 from vattn.evictor import Evictor, EvictorError
+from vattn.names import offered
 
 
 def kinds() -> dict[str, type[Evictor]]:
     """All evictors by their names in lower case ("sliding-window")."""
-    found = (getattr(vattn.evictors, name) for name in vattn.evictors.__all__)
-    return {
-        kebab(kind.__name__): kind
-        for kind in found
-        if isinstance(kind, type) and issubclass(kind, Evictor)
-    }
-
-
-def kebab(name: str) -> str:
-    """SlidingWindow -> sliding-window, SnapKV -> snapkv."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", name).lower()
+    return offered(vattn.evictors, Evictor)
 
 
 def named() -> dict[str, type[Evictor]]:

@@ -32,7 +32,7 @@ class ObservedAttention(Evictor):
         return averaged(seen.score, seen.columns().total.mean(2), seen.age + 1, seen.fresh)
 
     def observe(self, score: Tensor, step: Step) -> Tensor:
-        total = step.weights.mean(2) * step.fresh
+        total = step.mass() * (step.fresh / step.logits.shape[2])
         return averaged(score, total, step.tokens[:, None, None] - step.positions, step.fresh)
 
 

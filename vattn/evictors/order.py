@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vattn.evictor import Seen
+from vattn.evictor import Seen, Step
 
 LAST = torch.iinfo(torch.int64).max
 
 
-def by_text(seen: Seen) -> Tensor:
+def by_text(seen: Seen | Step) -> Tensor:
     """Row numbers in the order of their positions, [B, H, n]; rows that there are not come last.
     Steps that drop one token each leave rows in any order."""
     return seen.positions.masked_fill(~seen.valid, LAST).argsort(dim=-1, stable=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vattn.evictor import Evictor, EvictorError, Seen, Step
+from vattn.evictors.streaming import Streaming
 from vattn.selector import Caps
 
 SOURCE = "arXiv 2406.19707"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoolFifo(Evictor):
+class PoolFifo(Streaming):
     """Keep the last tokens: first in, first out.
 
     Source: Lee et al., InfiniGen, arXiv 2406.19707 (pool of 80%).
@@ -25,16 +25,8 @@ class PoolFifo(Evictor):
     sink_tokens: int = 0
     recent_tokens: int = 0
 
-    caps: ClassVar[Caps] = Caps(frozenset({"position"}), "token")
     source: ClassVar[str] = SOURCE
     summary: ClassVar[str] = "first in, first out"
-    decodes: ClassVar[bool] = True
-
-    def score(self, seen: Seen) -> Tensor:
-        return seen.positions.float()
-
-    def rescore(self, seen: Seen) -> Tensor:
-        return self.score(seen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,20 +68,17 @@ class Pool(Evictor):
         if seen.query is None:
             return score
         for at, logits in seen.logits(self.prompt_rows):
-            score = self.marked(score, self._used(logits).any(2), at)
+            score = self.marked(score, self._used(logits), at)
         return score
 
     def observe(self, score: Tensor, step: Step) -> Tensor:
-        used = self._used(step.logits.unflatten(2, (-1, step.fresh))).any(2)
-        line = torch.arange(step.fresh, device=used.device)
-        at = step.tokens[:, None] - step.fresh + line
-        return self.marked(self.arrived(score, step.positions), used, at)
+        at, block = step.block()
+        return self.marked(self.arrived(score, step.positions), self._used(block), at)
 
-    def forced(self, seen: Seen) -> Tensor:
-        forced = super().forced(seen)
-        if self.old_half:
-            forced = forced | (seen.age < (seen.target // 2)[:, None, None])
-        return forced
+    def recent(self, seen: Seen) -> int | Tensor:
+        if not self.old_half:
+            return super().recent(seen)
+        return (seen.target // 2).clamp_min(self.recent_tokens)
 
     def arrived(self, score: Tensor, positions: Tensor) -> Tensor:
         """Scores [B, H, n] of which those of new rows are still 0."""
@@ -100,7 +89,8 @@ class Pool(Evictor):
         raise NotImplementedError
 
     def _used(self, logits: Tensor) -> Tensor:
-        return logits > logits.amax(-1, keepdim=True) - self.alpha
+        """Which rows a query uses, for any of its query heads: [B, H, r, n] bool."""
+        return (logits > logits.amax(-1, keepdim=True) - self.alpha).any(2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ class Streaming(Evictor):
         return seen.positions.float()
 
     def rescore(self, seen: Seen) -> Tensor:
-        return seen.positions.float()
+        return self.score(seen)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,5 +37,5 @@ class TOVA(Evictor):
         return seen.columns(1).total.mean((1, 2))[:, None].expand_as(seen.score)
 
     def observe(self, score: Tensor, step: Step) -> Tensor:
-        last = step.weights.unflatten(2, (-1, step.fresh))[:, :, :, -1]
-        return last.mean((1, 2))[:, None].expand_as(score)
+        last = step.mass([0.0] * (step.fresh - 1) + [1.0])
+        return (last.mean(1) * (step.fresh / step.logits.shape[2]))[:, None].expand_as(score)

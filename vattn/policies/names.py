@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from inspect import signature
@@ -11,19 +10,19 @@ from typing import Any
 from torch import Tensor
 
 import vattn.policies
+from vattn.names import offered
 from vattn.policies import Estimated, Graded, Landmark, Nibbles, Quest, Sampled, TwoStage
 from vattn.selector import Selector, SelectorError
 
 
+def kinds() -> dict[str, type[Selector]]:
+    """All selectors by their names in lower case ("two-stage")."""
+    return offered(vattn.policies, Selector)
+
+
 def named() -> dict[str, type[Selector]]:
-    """Selectors by their names in lower case ("two-stage"), but for those that ask for more than
-    keys: recorded queries."""
-    found = (getattr(vattn.policies, name) for name in vattn.policies.__all__)
-    return {
-        re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", kind.__name__).lower(): kind
-        for kind in found
-        if isinstance(kind, type) and issubclass(kind, Selector) and _needs_keys_at_most(kind)
-    }
+    """Selectors by name, but for those that ask for more than keys: recorded queries."""
+    return {name: kind for name, kind in kinds().items() if _needs_keys_at_most(kind)}
 
 
 def selector(name: str, budget_tokens: int, keys: Callable[[], Tensor]) -> Selector:
@@ -33,10 +32,10 @@ def selector(name: str, budget_tokens: int, keys: Callable[[], Tensor]) -> Selec
     Raises:
         SelectorError: there is none, or the budget is too small for it.
     """
-    kinds = named()
-    if name not in kinds:
-        raise SelectorError(f"no selector {name!r}: choose one of {', '.join(sorted(kinds))}")
-    kind = kinds[name]
+    found = named()
+    if name not in found:
+        raise SelectorError(f"no selector {name!r}: choose one of {', '.join(sorted(found))}")
+    kind = found[name]
     options: dict[str, Any] = {"budget_tokens": budget_tokens}
     if not hasattr(kind, "calibrate"):
         return kind(**options, **_parts_of(kind, budget_tokens))

@@ -10,7 +10,7 @@ from bench.compiled.call import Call
 from bench.compiled.calls.tensors import NAMES, rows, scores_by_name, served, view
 from bench.compiled.need import ROWS, Need
 from vattn.kernels.deals import workspace_for
-from vattn.kernels.decode import decode
+from vattn.kernels.decode import decode_lse
 
 # The loop over whole tiles: K and V in loads of 16 bytes, no table, no address that was loaded.
 NEEDS = {"_decode": Need(matrix=ROWS, narrow=0)}
@@ -31,6 +31,7 @@ def one(
     slots: bool = False,
     token_major: bool = False,
     one_launch: bool = True,
+    told: bool = False,
 ) -> None:
     """``tokens`` query tokens of each of four sequences, lengths on the device."""
     query = rows(heads[0], tokens, dim, NAMES[dtype])
@@ -46,7 +47,19 @@ def one(
     chosen = scores_by_name(scores, heads[0])
     workspace = workspace_for(query, kv, chosen, split_tokens=split_tokens, one_launch=one_launch)
     seen = torch.empty(tokens, tokens, dtype=torch.bool) if tree else None
-    decode(query, kv, chosen, tree=seen, split_tokens=split_tokens, workspace=workspace)
+    logits = None
+    if told:
+        lines = (kv.batch, heads[1], heads[0] // heads[1] * tokens, kv.key.shape[2])
+        logits = torch.empty(lines, dtype=torch.float32, device=query.device)
+    decode_lse(
+        query,
+        kv,
+        chosen,
+        tree=seen,
+        split_tokens=split_tokens,
+        logits=logits,
+        workspace=workspace,
+    )
 
 
 DECODE = [
@@ -71,6 +84,17 @@ DECODE = [
     Call("decode/bf16/d128/fixed", partial(one, split_tokens=512), NEEDS),
     Call("decode/bf16/d128/sinks", partial(one, scores="sinks"), NEEDS),
     Call("decode/bf16/d256/softcap", partial(one, 256, heads=(16, 8), scores="softcap"), NEEDS),
+    Call("decode/bf16/d128/logits", partial(one, told=True, one_launch=False), NEEDS),
+    Call(
+        "decode/bf16/d128/logits/verify4",
+        partial(one, tokens=4, told=True, one_launch=False),
+        NEEDS,
+    ),
+    Call(
+        "decode/fp32/d128/logits",
+        partial(one, dtype="fp32", told=True, one_launch=False),
+        NO_PRODUCTS,
+    ),
     Call("decode/bf16/d128/alibi", partial(one, scores="alibi"), NEEDS),
     Call("decode/bf16/d64/sink_logits", partial(one, 64, scores="sink_logits"), NEEDS),
 ]

@@ -1,0 +1,83 @@
+"""A decode step at its budget: what attention each row got, the row that each head drops, and its
+last row in that place.
+
+    mass    logits [B, H, R, n] and lse [B, H, R] float32, shares [R] -> [B, H, n] float32:
+            sum over r of shares[r] * exp(logits[r] - lse[r])
+    least   score [B, H, n] float32, forced [B, H, n] bool, counts [B, H], positions [B, H, n] int64
+            -> rows [B, H] int64: of the first `counts` the lowest score that is not forced, the
+            last of equals; where all are forced (or +inf), the lowest position
+    fill    rows, last [B, H] int64: row `last` of each slot takes the place of its row `rows`
+
+On a CPU with numba in loops (`evict_loops`): a step has a dozen of heads with some thousand rows,
+and each of torch's operations on so little takes longer to call than to run. Elsewhere in torch's
+operations. Bytes moved: logits, scores and masks once; the rows that move.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vattn.kernels import stream
+
+WIDTH = 8  # numbers that the loops take at once
+
+
+def mass(logits: Tensor, lse: Tensor, shares: Tensor) -> Tensor:
+    """Attention that each row got, [B, H, n] float32."""
+    batch, heads, lines, n = logits.shape
+    code = _loops(logits)
+    if code is None or n < WIDTH or not logits.is_contiguous():
+        weights = (logits - lse[..., None]).exp_()
+        return (weights * shares[:, None]).sum(2)
+    out, lse, shares = logits.new_empty(batch, heads, n), lse.contiguous(), shares.contiguous()
+    where = (t.data_ptr() for t in (logits, lse, shares, out))
+    code.mass(batch * heads, lines, n, *where)
+    return out
+
+
+def least(score: Tensor, forced: Tensor, counts: Tensor, positions: Tensor) -> Tensor:
+    """The row that each head drops, [B, H] int64. NaN is no score: such a row stays."""
+    code = _loops(score)
+    if code is None:
+        return reference(score, forced, counts, positions)
+    lines = [t if t.stride(2) == 1 else t.contiguous() for t in (score, forced, positions)]
+    counts = counts.contiguous()
+    rows = torch.empty_like(counts)
+    where = [(t.data_ptr(), *(step * t.itemsize for step in t.stride()[:2])) for t in lines]
+    words = [word for line in where for word in line]
+    code.least(*counts.shape, *words, counts.data_ptr(), rows.data_ptr())
+    return rows
+
+
+def reference(score: Tensor, forced: Tensor, counts: Tensor, positions: Tensor) -> Tensor:
+    """`least` in torch's operations."""
+    behind = torch.arange(score.shape[2], device=score.device) >= counts[..., None]
+    others = score.masked_fill(forced | behind | score.isnan(), torch.inf)
+    lowest, found = others.flip(-1).min(-1)
+    found = others.shape[-1] - 1 - found
+    oldest = positions.masked_fill(behind, torch.iinfo(torch.int64).max).argmin(-1)
+    return oldest.where(lowest == torch.inf, found)
+
+
+def fill(side: Tensor, slots: Tensor, rows: Tensor, last: Tensor) -> None:
+    """Move one row of each of ``slots`` [B, H] of a side [N, S, D], elements of a row side by
+    side."""
+    code = _loops(side)
+    if code is None:
+        side[slots, rows] = side[slots, last]
+        return
+    given = [t.contiguous() for t in (slots, rows, last)]
+    slot, row = (step * side.itemsize for step in side.stride()[:2])
+    base, size = side.data_ptr(), side.shape[2] * side.itemsize
+    code.fill(slots.numel(), base, slot, row, size, *(t.data_ptr() for t in given))
+
+
+def _loops(tensor: Tensor) -> ModuleType | None:
+    if not tensor.is_cpu or stream.available() is not None:
+        return None
+    from vattn.kernels import evict_loops
+
+    return evict_loops

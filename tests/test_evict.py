@@ -1,0 +1,91 @@
+"""A decode step at its budget: what is dropped, and what takes its place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.attention import fresh_seed
+from vattn.kernels import evict, stream
+
+SHAPES = [(1, 1, 1), (1, 8, 300), (3, 2, 65)]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    return fresh_seed()
+
+
+@pytest.fixture(params=["loops", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(stream, "available", lambda: "not wanted")
+    elif stream.available() is not None:
+        pytest.skip(str(stream.available()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 5), (2, 3, 4, 8), (1, 8, 7, 301)])
+def test_mass_is_the_sum_of_attention(shape: tuple[int, int, int, int], way: None) -> None:
+    logits = torch.randn(shape) * 4
+    logits[..., 1:].masked_fill_(torch.rand(*shape[:3], shape[3] - 1) < 0.3, -torch.inf)
+    lse, shares = logits.logsumexp(-1), torch.rand(shape[2])
+    exact = (logits.double().softmax(-1) * shares[:, None]).sum(2)
+    found = evict.mass(logits, lse, shares)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, atol=1e-6 * shape[2], rtol=0)
+
+
+def wanted(score: Tensor, forced: Tensor, positions: Tensor, count: int) -> int:
+    """One head, read off the definition."""
+    free = [i for i in range(count) if not forced[i] and score[i] < torch.inf]
+    if free:
+        lowest = min(float(score[i]) for i in free)
+        return max(i for i in free if float(score[i]) == lowest)
+    return min(range(count), key=lambda i: int(positions[i]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["any", "equals", "all forced", "some forced", "inf and nan"])
+def test_the_least_of_the_others(kind: str, shape: tuple[int, int, int], way: None) -> None:
+    room = torch.randn(*shape[:2], shape[2] + 5)
+    if kind == "equals":
+        room = room.round()
+    if kind == "inf and nan":
+        room[torch.rand(room.shape) < 0.4] = torch.inf
+        room[torch.rand(room.shape) < 0.4] = torch.nan
+    score = room[..., : shape[2]]  # strided, as tracks are
+    share = {"all forced": 1.1, "some forced": 0.7}.get(kind, 0.0)
+    forced = torch.rand(shape) < share
+    counts = torch.randint(1, shape[2] + 1, shape[:2])
+    positions = torch.rand(shape).argsort(-1) * 3
+    before = [t.clone() for t in (score, forced, counts, positions)]
+    found = evict.least(score, forced, counts, positions)
+    for b in range(shape[0]):
+        for h in range(shape[1]):
+            line = score[b, h], forced[b, h], positions[b, h], int(counts[b, h])
+            assert found[b, h] == wanted(*line)
+    for now, then in zip((score, forced, counts, positions), before, strict=True):
+        assert torch.equal(now.nan_to_num(), then.nan_to_num())
+
+
+def test_expanded_masks_and_scores(way: None) -> None:
+    score, counts = torch.randn(2, 1, 9).expand(2, 4, 9), torch.full((2, 4), 9)
+    forced = torch.zeros(1, 1, 1, dtype=torch.bool).expand(2, 4, 9)
+    positions = torch.arange(9).expand(2, 4, 9)
+    assert torch.equal(evict.least(score, forced, counts, positions), score.argmin(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dim", [1, 80])
+def test_the_last_row_takes_the_place(dim: int, dtype: torch.dtype, way: None) -> None:
+    side = torch.randn(7, 40, dim).to(dtype)
+    slots = torch.randperm(7)[:6].view(2, 3)
+    last = torch.randint(0, 40, (2, 3))
+    rows = (torch.rand(2, 3) * (last + 1)).long()
+    rows[0, 0] = last[0, 0]
+    exact = side.float()
+    for slot, row, end in zip(*(t.flatten().tolist() for t in (slots, rows, last)), strict=True):
+        exact[slot, row] = exact[slot, end]
+    evict.fill(side, slots, rows, last)
+    assert torch.equal(side.float(), exact)

@@ -1,0 +1,148 @@
+"""Attention to the rows of a `HeadCache` and its narrow rows.
+
+All queries see all narrow rows, and of the others those up to their own. With a few queries both
+parts are read where they lie, and joined by log-sum-exp:
+
+    query, the kept channels of its head  ──►  K of D' channels, V   ──┐
+    query  ───────────────────────────────►  K of D channels, V      ──┴──►  merged
+
+Prompts are read over a copy of the layer, in which channels that were given up are zeros.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ragged
+from .kernels import stream
+from .kernels.contract import plain_rows
+from .kernels.kv import KV, MOST_TOKENS
+from .kernels.merge import merge
+from .kernels.scores import Scores
+from .narrow import NarrowRows
+
+
+def attend_lse(
+    query: Tensor, kv: KV, narrow: NarrowRows, layer: int, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attend to a layer with narrow rows: query [ranges, G, L, D], ``kv`` the other rows, at least
+    L in each range. Returns the same shape and the log-sum-exp [ranges, G, L]."""
+    factor = query.shape[3] ** -0.5 if scale is None else float(scale)
+    few = query.shape[1] * query.shape[2] <= ragged.STREAM_ROWS
+    if query.is_cpu and few and stream.available() is None:
+        parts = streamed(query, kv, narrow, layer, factor)
+    elif query.is_cuda and query.shape[2] <= MOST_TOKENS:
+        parts = launched(query, kv, narrow, layer, factor)
+    else:
+        return _read(query, rebuilt(kv, narrow, layer), factor)
+    outs, lses = (torch.stack(pair) for pair in zip(*parts, strict=True))
+    out, lse = merge(outs, lses)
+    return out.to(query.dtype), lse
+
+
+def rebuilt(kv: KV, narrow: NarrowRows, layer: int) -> KV:
+    """A copy of all rows of a layer, the narrow ones first, with zeros in the channels that these
+    have given up."""
+    few, channels = narrow.kv(layer), narrow.channels(layer)
+    assert channels is not None
+    assert kv.lengths is not None
+    assert few.lengths is not None
+    ends = few.lengths + kv.lengths
+    shape = (kv.batch, 1, int(ends.max()), kv.key.shape[3])
+    key, value = kv.key.new_zeros(shape), kv.value.new_zeros(shape)
+    counts, totals = few.lengths.tolist(), ends.tolist()
+    kept = channels.flatten(0, 1)
+    for i, (thin, wide) in enumerate(zip(_slots(few), _slots(kv), strict=True)):
+        old, end = counts[i], totals[i]
+        key[i, 0, :old, kept[i]] = few.key[thin, 0, :old]
+        value[i, 0, :old] = few.value[thin, 0, :old]
+        key[i, 0, old:end] = kv.key[wide, 0, : end - old]
+        value[i, 0, old:end] = kv.value[wide, 0, : end - old]
+    return KV(key, value, ends)
+
+
+def streamed(
+    query: Tensor, kv: KV, narrow: NarrowRows, layer: int, scale: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Both parts by the stream kernel, in float32."""
+    few, some = narrow.kv(layer), _gathered(query, narrow, layer)
+    return [
+        stream.stream_ragged(some, _places(few), scale=scale, causal=False, exact=True),
+        stream.stream_ragged(plain_rows(query), _places(kv), scale=scale, exact=True),
+    ]
+
+
+def launched(
+    query: Tensor, kv: KV, narrow: NarrowRows, layer: int, scale: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Both parts by the Triton kernel for at most `MOST_TOKENS` queries, in float32."""
+    from .kernels.decode import decode_lse
+
+    query, parts = plain_rows(query), []
+    for rows, where, causal in (
+        (_gathered(query, narrow, layer), narrow.kv(layer), None),
+        (query, kv, "bottom_right"),
+    ):
+        scores = Scores(scale=scale, causal=causal)  # type: ignore[arg-type]
+        out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        parts.append(decode_lse(rows, where, scores, out=out))
+    return parts
+
+
+def _read(query: Tensor, kv: KV, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend causally to the rows of a copy."""
+    if query.is_cuda:
+        from .kernels.prefill import prefill_lse
+
+        return prefill_lse(plain_rows(query), kv, Scores(scale=scale, causal="bottom_right"))
+    query = plain_rows(query.resolve_neg())
+    assert kv.lengths is not None
+    parts = [
+        ragged.attend_one(
+            query[i : i + 1],
+            kv.key[i : i + 1, :, :count],
+            kv.value[i : i + 1, :, :count],
+            scale,
+            None,
+        )
+        for i, count in enumerate(kv.lengths.tolist())
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def _gathered(query: Tensor, narrow: NarrowRows, layer: int) -> Tensor:
+    """Of each query the channels that its head has kept: [ranges, G, L, D']."""
+    channels = narrow.channels(layer)
+    assert channels is not None
+    where = channels.flatten(0, 1)[:, None, None]
+    return query.gather(3, where.expand(*query.shape[:3], -1))
+
+
+def _places(kv: KV) -> stream.Rows:
+    """Where the rows of ranges of one KV head lie, as the stream kernel takes it."""
+    assert kv.slots is not None
+    assert kv.lengths is not None
+    slots, lengths = (np.ascontiguousarray(x.numpy(), np.int64) for x in (kv.slots, kv.lengths))
+    k, v = (
+        side.data_ptr() + slots * (side.stride(0) * side.element_size())
+        for side in (kv.key, kv.value)
+    )
+    item = kv.key.element_size()
+    return stream.Rows(
+        k,
+        v,
+        lengths,
+        1,
+        0,
+        kv.key.stride(2) * item,
+        keep=kv,
+        value_dim=kv.value.shape[3],
+        value_bytes=kv.value.stride(2) * item,
+    )
+
+
+def _slots(kv: KV) -> list[int]:
+    assert kv.slots is not None
+    return [int(slot) for slot in kv.slots.tolist()]
