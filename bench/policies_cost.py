@@ -42,7 +42,7 @@ RARELY = ("H2O", "TOVA", "PoolFifo")  # also timed where they drop every so many
 EVERY = 16
 LONG_PROMPTS = {"SubGen", "Merging"}  # quadratic in a prompt: 8,192 tokens only
 # Why a policy may cost more than the target: what it is, not how it is made.
-WATCHES = "watches attention: reads K of what is left once more, and has a softmax over it"
+WATCHES = "watches attention: a softmax over all rows left, for every query head, at each step"
 ADAPTS = "chooses anew among all rows at each step, as it has no budget"
 
 

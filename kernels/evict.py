@@ -3,9 +3,9 @@ last row in that place.
 
     mass    logits [B, H, R, n] and lse [B, H, R] float32, shares [R] -> [B, H, n] float32:
             sum over r of shares[r] * exp(logits[r] - lse[r])
-    least   score [B, H, n] float32, forced [B, H, n] bool, counts [B, H], positions [B, H, n] int64
-            -> rows [B, H] int64: of the first `counts` the lowest score that is not forced, the
-            last of equals; where all are forced (or +inf), the lowest position
+    least   score [B, H, n] float32, counts [B, H], positions [B, H, n] int64
+            -> rows [B, H] int64: of the first `counts` the lowest score of those that may go, the
+            last of equals; where none may (or all are +inf), the lowest position
     fill    rows, last [B, H] int64: row `last` of each slot takes the place of its row `rows`
 
 On a CPU with numba in loops (`evict_loops`): a step has a dozen of heads with some thousand rows,
@@ -38,41 +38,68 @@ def mass(logits: Tensor, lse: Tensor, shares: Tensor) -> Tensor:
     return out
 
 
-def least(score: Tensor, forced: Tensor, counts: Tensor, positions: Tensor) -> Tensor:
-    """The row that each head drops, [B, H] int64. NaN is no score: such a row stays."""
+def least(
+    score: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: int,
+    last: Tensor,
+    forced: Tensor | None = None,
+) -> Tensor:
+    """The row that each head drops, [B, H] int64.
+
+    Rows may go whose position is from ``first`` to before ``last`` [B] int64, and which are not
+    ``forced`` [B, H, n] bool to stay. NaN is no score: such a row stays.
+    """
     code = _loops(score)
     if code is None:
-        return reference(score, forced, counts, positions)
-    lines = [t if t.stride(2) == 1 else t.contiguous() for t in (score, forced, positions)]
-    counts = counts.contiguous()
+        return reference(score, counts, positions, first, last, forced)
+    given = (score, positions) if forced is None else (score, positions, forced)
+    lines = [t if t.stride(2) == 1 else t.contiguous() for t in given]
+    words = [word for t in lines for word in _lies(t)] + [0] * (9 - 3 * len(lines))
+    counts, last = counts.contiguous(), last.contiguous()
     rows = torch.empty_like(counts)
-    where = [(t.data_ptr(), *(step * t.itemsize for step in t.stride()[:2])) for t in lines]
-    words = [word for line in where for word in line]
-    code.least(*counts.shape, *words, counts.data_ptr(), rows.data_ptr())
+    ends = (counts.data_ptr(), first, last.data_ptr(), rows.data_ptr())
+    code.least(*counts.shape, *words, *ends)
     return rows
 
 
-def reference(score: Tensor, forced: Tensor, counts: Tensor, positions: Tensor) -> Tensor:
+def reference(
+    score: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: int,
+    last: Tensor,
+    forced: Tensor | None = None,
+) -> Tensor:
     """`least` in torch's operations."""
     behind = torch.arange(score.shape[2], device=score.device) >= counts[..., None]
-    others = score.masked_fill(forced | behind | score.isnan(), torch.inf)
+    stays = (positions < first) | (positions >= last[:, None, None]) | behind | score.isnan()
+    others = score.masked_fill(stays if forced is None else stays | forced, torch.inf)
     lowest, found = others.flip(-1).min(-1)
     found = others.shape[-1] - 1 - found
     oldest = positions.masked_fill(behind, torch.iinfo(torch.int64).max).argmin(-1)
     return oldest.where(lowest == torch.inf, found)
 
 
-def fill(side: Tensor, slots: Tensor, rows: Tensor, last: Tensor) -> None:
+def fill(side: Tensor, slots: Tensor, rows: Tensor, last: Tensor, *, clear: bool = False) -> None:
     """Move one row of each of ``slots`` [B, H] of a side [N, S, D], elements of a row side by
-    side."""
+    side; ``clear``: and leave zeros at ``last``."""
     code = _loops(side)
     if code is None:
         side[slots, rows] = side[slots, last]
+        if clear:
+            side[slots, last] = 0
         return
     given = [t.contiguous() for t in (slots, rows, last)]
     slot, row = (step * side.itemsize for step in side.stride()[:2])
     base, size = side.data_ptr(), side.shape[2] * side.itemsize
-    code.fill(slots.numel(), base, slot, row, size, *(t.data_ptr() for t in given))
+    code.fill(slots.numel(), base, slot, row, size, *(t.data_ptr() for t in given), clear)
+
+
+def _lies(t: Tensor) -> tuple[int, int, int]:
+    """Where lines [B, H, n] begin, and from one to the next of each, in bytes."""
+    return t.data_ptr(), t.stride(0) * t.itemsize, t.stride(1) * t.itemsize
 
 
 def _loops(tensor: Tensor) -> ModuleType | None:

@@ -36,28 +36,32 @@ def least(
     score: int,
     score_batch: int,
     score_head: int,
-    forced: int,
-    forced_batch: int,
-    forced_head: int,
     positions: int,
     positions_batch: int,
     positions_head: int,
+    forced: int,
+    forced_batch: int,
+    forced_head: int,
     counts: int,
+    first: int,
+    last: int,
     rows: int,
 ) -> None:
-    """See `evict.least`."""
+    """See `evict.least`; ``forced`` is 0 where no mask is."""
     for i in range(batch * heads):
         b, h = i // heads, i % heads
         line = score + b * score_batch + h * score_head
+        place = positions + b * positions_batch + h * positions_head
         mask = forced + b * forced_batch + h * forced_head
-        count = v.integer(counts + 8 * i)
+        count, end = v.integer(counts + 8 * i), v.integer(last + 8 * b)
         lowest, found = BEST, -1
         for row in range(count):
             value = v.read(v.F32, line + 4 * row)
-            if value <= lowest and value < BEST and not v.byte(mask + row):
-                lowest, found = value, row
+            if value <= lowest and value < BEST:
+                at = v.integer(place + 8 * row)
+                if first <= at < end and not (forced and v.byte(mask + row)):
+                    lowest, found = value, row
         if found < 0:
-            place = positions + b * positions_batch + h * positions_head
             found = 0
             for row in range(1, count):
                 if v.integer(place + 8 * row) < v.integer(place + 8 * found):
@@ -67,7 +71,15 @@ def least(
 
 @kept
 def fill(
-    heads: int, base: int, slot: int, row: int, size: int, slots: int, rows: int, last: int
+    heads: int,
+    base: int,
+    slot: int,
+    row: int,
+    size: int,
+    slots: int,
+    rows: int,
+    last: int,
+    clear: bool,
 ) -> None:
     """See `evict.fill`."""
     for i in range(heads):
@@ -75,3 +87,5 @@ def fill(
         target, source = v.integer(rows + 8 * i), v.integer(last + 8 * i)
         if target != source:
             v.copy(line + target * row, line + source * row, size)
+        if clear:
+            v.clear(line + source * row, size)

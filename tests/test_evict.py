@@ -60,7 +60,8 @@ def test_the_least_of_the_others(kind: str, shape: tuple[int, int, int], way: No
     counts = torch.randint(1, shape[2] + 1, shape[:2])
     positions = torch.rand(shape).argsort(-1) * 3
     before = [t.clone() for t in (score, forced, counts, positions)]
-    found = evict.least(score, forced, counts, positions)
+    last = torch.full(shape[:1], 3 * shape[2])
+    found = evict.least(score, counts, positions, 0, last, forced)
     for b in range(shape[0]):
         for h in range(shape[1]):
             line = score[b, h], forced[b, h], positions[b, h], int(counts[b, h])
@@ -73,7 +74,18 @@ def test_expanded_masks_and_scores(way: None) -> None:
     score, counts = torch.randn(2, 1, 9).expand(2, 4, 9), torch.full((2, 4), 9)
     forced = torch.zeros(1, 1, 1, dtype=torch.bool).expand(2, 4, 9)
     positions = torch.arange(9).expand(2, 4, 9)
-    assert torch.equal(evict.least(score, forced, counts, positions), score.argmin(-1))
+    last = torch.full((2,), 9)
+    found = evict.least(score, counts, positions, 0, last, forced)
+    assert torch.equal(found, score.argmin(-1))
+
+
+def test_ends_of_the_text_stay(way: None) -> None:
+    score, counts = torch.randn(2, 3, 90), torch.randint(20, 91, (2, 3))
+    positions, last = torch.rand(2, 3, 90).argsort(-1), torch.tensor([70, 12])
+    found = evict.least(score, counts, positions, 10, last)
+    for b, h in torch.ones(2, 3).nonzero().tolist():
+        ends = (positions[b, h] < 10) | (positions[b, h] >= last[b])
+        assert found[b, h] == wanted(score[b, h], ends, positions[b, h], int(counts[b, h]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
@@ -87,5 +99,9 @@ def test_the_last_row_takes_the_place(dim: int, dtype: torch.dtype, way: None) -
     exact = side.float()
     for slot, row, end in zip(*(t.flatten().tolist() for t in (slots, rows, last)), strict=True):
         exact[slot, row] = exact[slot, end]
+    twin = side.clone()
     evict.fill(side, slots, rows, last)
     assert torch.equal(side.float(), exact)
+    evict.fill(twin, slots, rows, last, clear=True)
+    exact[slots, last] = 0
+    assert torch.equal(twin.float(), exact)

@@ -325,7 +325,11 @@ class Evictor:
     def worst(self, score: Tensor, seen: Seen) -> Tensor:
         """The row that each head drops where it drops one, [B, H]: the least of the others; of
         equals the last. Where all are to be kept in any case, the oldest."""
-        return evict.least(score, self.forced(seen), seen.counts, seen.positions)
+        given = score, seen.counts, seen.positions
+        if type(self).forced is not Evictor.forced:
+            return evict.least(*given, 0, seen.tokens, self.forced(seen))
+        # A matter of positions alone: no mask need be made.
+        return evict.least(*given, self.sink_tokens, seen.tokens - seen.draft - self.recent(seen))
 
     def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """New K and V of the rows of ``keep`` [B, H, n], where what goes is merged into what stays:

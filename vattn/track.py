@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels.evict import fill
+
 
 class Track:
     """A number for each row of each range of a layer: [batch, kv_heads, n], growing at its end.
@@ -14,6 +16,7 @@ class Track:
 
     def __init__(self, batch: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> None:
         self._rows = torch.zeros(batch, kv_heads, 0, dtype=dtype, device=device)
+        self._lines = torch.arange(batch * kv_heads, device=device)
 
     def get(self, longest: int) -> Tensor:
         """The first ``longest`` numbers of each range; 0 where none was set. A view to write to."""
@@ -37,9 +40,8 @@ class Track:
 
     def swap(self, rows: Tensor, last: Tensor) -> None:
         """The number of the ``last`` row [batch, kv_heads] goes to ``rows``; behind is 0."""
-        values = self._rows
-        values.scatter_(2, rows[..., None], values.gather(2, last[..., None]))
-        values.scatter_(2, last[..., None], 0)
+        lines = self._rows.flatten(0, 1)[..., None]
+        fill(lines, self._lines, rows, last, clear=True)
 
     def clear_behind(self, counts: Tensor) -> None:
         """Numbers of rows from ``counts`` [batch, kv_heads] on become 0."""
