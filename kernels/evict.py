@@ -6,7 +6,8 @@ last row in that place.
     least   score [B, H, n] float32, counts [B, H], positions [B, H, n] int64
             -> rows [B, H] int64: of the first `counts` the lowest score of those that may go, the
             last of equals; where none may (or all are +inf), the lowest position
-    fill    rows, last [B, H] int64: row `last` of each slot takes the place of its row `rows`
+    fill    rows, last [B, H] int64: row `last` of each slot takes the place of its row `rows`,
+            nothing where that is -1
 
 On a CPU with numba in loops (`evict_loops`): a step has a dozen of heads with some thousand rows,
 and each of torch's operations on so little takes longer to call than to run. Elsewhere in torch's
@@ -28,6 +29,7 @@ WIDTH = 8  # numbers that the loops take at once
 def mass(logits: Tensor, lse: Tensor, shares: Tensor) -> Tensor:
     """Attention that each row got, [B, H, n] float32."""
     batch, heads, lines, n = logits.shape
+    _check(logits=(logits, logits.shape), lse=(lse, logits.shape[:3]), shares=(shares, (lines,)))
     code = _loops(logits)
     if code is None or n < WIDTH or not logits.is_contiguous():
         weights = (logits - lse[..., None]).exp_()
@@ -50,7 +52,14 @@ def least(
 
     Rows may go whose position is from ``first`` to before ``last`` [B] int64, and which are not
     ``forced`` [B, H, n] bool to stay. NaN is no score: such a row stays.
+
+    Raises ValueError for another shape or type.
     """
+    shape, int64 = score.shape, torch.int64
+    _check(score=(score, (*counts.shape, shape[-1])))
+    _check(int64, counts=(counts, shape[:2]), positions=(positions, shape), last=(last, shape[:1]))
+    if forced is not None:
+        _check(torch.bool, forced=(forced, shape))
     code = _loops(score)
     if code is None:
         return reference(score, counts, positions, first, last, forced)
@@ -87,6 +96,8 @@ def fill(side: Tensor, slots: Tensor, rows: Tensor, last: Tensor, *, clear: bool
     side; ``clear``: and leave zeros at ``last``."""
     code = _loops(side)
     if code is None:
+        some = rows >= 0
+        slots, rows, last = slots.view(rows.shape)[some], rows[some], last[some]
         side[slots, rows] = side[slots, last]
         if clear:
             side[slots, last] = 0
@@ -95,6 +106,15 @@ def fill(side: Tensor, slots: Tensor, rows: Tensor, last: Tensor, *, clear: bool
     slot, row = (step * side.itemsize for step in side.stride()[:2])
     base, size = side.data_ptr(), side.shape[2] * side.itemsize
     code.fill(slots.numel(), base, slot, row, size, *(t.data_ptr() for t in given), clear)
+
+
+def _check(dtype: torch.dtype = torch.float32, **given: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raise ValueError unless tensors are of a type and their shapes: loops read by address."""
+    for name, (tensor, shape) in given.items():
+        if tensor.dtype != dtype or tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}: must be {dtype} {tuple(shape)}"
+            )
 
 
 def _lies(t: Tensor) -> tuple[int, int, int]:

@@ -85,7 +85,7 @@ def fill(
     for i in range(heads):
         line = base + v.integer(slots + 8 * i) * slot
         target, source = v.integer(rows + 8 * i), v.integer(last + 8 * i)
-        if target != source:
+        if 0 <= target != source:
             v.copy(line + target * row, line + source * row, size)
-        if clear:
+        if clear and target >= 0:
             v.clear(line + source * row, size)

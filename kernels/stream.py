@@ -268,7 +268,9 @@ def _cut(kv_heads: int, head_step: int, token_step: int, query: Tensor, dim: int
 
 def _lies(logits: Tensor) -> tuple[int, int, int]:
     """The words of a call about logits."""
-    return logits.data_ptr(), logits.stride(1) * 4, logits.stride(2) * 4
+    # Not by its strides: those of a dimension of size 1 mean nothing.
+    rows, longest = logits.shape[2:]
+    return logits.data_ptr(), rows * longest * 4, longest * 4
 
 
 def _mask(mask: Tensor) -> tuple[int, ...]:

@@ -96,12 +96,14 @@ def test_the_last_row_takes_the_place(dim: int, dtype: torch.dtype, way: None) -
     last = torch.randint(0, 40, (2, 3))
     rows = (torch.rand(2, 3) * (last + 1)).long()
     rows[0, 0] = last[0, 0]
+    rows[1, 2] = -1
     exact = side.float()
     for slot, row, end in zip(*(t.flatten().tolist() for t in (slots, rows, last)), strict=True):
-        exact[slot, row] = exact[slot, end]
+        if row >= 0:
+            exact[slot, row] = exact[slot, end]
     twin = side.clone()
     evict.fill(side, slots, rows, last)
     assert torch.equal(side.float(), exact)
     evict.fill(twin, slots, rows, last, clear=True)
-    exact[slots, last] = 0
+    exact[slots[rows >= 0], last[rows >= 0]] = 0
     assert torch.equal(twin.float(), exact)

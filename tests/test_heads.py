@@ -14,6 +14,7 @@ from vattn import heads_attention
 from vattn.allocator.errors import OutOfPages, OutOfRange
 from vattn.heads import HeadCache, KeepError
 from vattn.heads_order import reorder
+from vattn.kernels import stream
 from vattn.kernels.compact import as_rows
 from vattn.kernels.contract import EMPTY
 from vattn.layout import LayoutError
@@ -138,19 +139,28 @@ def test_logits_by_any_way(cache: HeadCache, way: str, length: int, monkeypatch)
         assert bool((line[:, len(rows) :] == EMPTY).all())
 
 
-def test_forgetting_one_row_moves_the_last_into_its_place(cache: HeadCache):
+@pytest.mark.parametrize("way", ["mask", "rows", "rows, in torch"])
+def test_forgetting_one_row_moves_the_last_into_its_place(cache: HeadCache, way: str, monkeypatch):
+    if way == "rows, in torch":
+        monkeypatch.setattr(stream, "available", lambda: "not wanted")
     mirror = Mirror(cache, 0)
     mirror.append(30)
     for _ in range(5):
         calls = dict(cache.stats().calls)
         gone = torch.tensor([[len(mirror.rows[b, h]) for h in range(HEADS)] for b in range(BATCH)])
         gone = (torch.rand(BATCH, HEADS) * gone).long()
+        gone[torch.rand(BATCH, HEADS) < 0.3] = -1
         drop = torch.zeros(BATCH, HEADS, int(cache.lengths(0).max()), dtype=torch.bool)
         for (b, h), rows in mirror.rows.items():
+            if gone[b, h] < 0:
+                continue
             drop[b, h, gone[b, h]] = True
             rows[gone[b, h]] = rows[-1]
             rows.pop()
-        cache.forget(0, drop)
+        if way == "mask":
+            cache.forget(0, drop)
+        else:
+            cache.forget_one(0, gone)
         mirror.check()
         assert cache.stats().calls == calls, "no page was mapped or unmapped"
 

@@ -386,12 +386,18 @@ class Eviction:
 
     def _drop(self, layer: int, seen: Seen, drop: Tensor) -> None:
         """Drop the rows of a mask at a step: as many rows move, and no page does."""
-        gone = int(drop.sum())
-        if gone:
-            for watch in self.watchers:
-                watch(layer, seen, seen.valid & ~drop)
+        each = drop.sum(-1)
+        gone = int(each.sum())
+        if not gone:
+            return
+        for watch in self.watchers:
+            watch(layer, seen, seen.valid & ~drop)
+        if int(each.max()) == 1:
+            rows = drop.to(torch.uint8).argmax(-1)
+            self.heads.forget_one(layer, rows.masked_fill(each == 0, -1))
+        else:
             self.heads.forget(layer, drop)
-            self._states[layer].evicted += gone
+        self._states[layer].evicted += gone
 
     def _keep(self, layer: int, seen: Seen, mask: Tensor) -> None:
         """Keep the rows of a mask and give the pages of the others back."""

@@ -212,7 +212,7 @@ class Step:
     def mass(self, shares: Sequence[float] | None = None) -> Tensor:
         """[B, H, n] float32: attention that each row got, summed over query heads and new tokens;
         the l-th new token counts ``shares[l]`` times (once by default)."""
-        each = torch.ones(self.fresh) if shares is None else torch.tensor(shares)
+        each = torch.tensor([1.0] * self.fresh if shares is None else shares, dtype=torch.float32)
         groups = self.logits.shape[2] // self.fresh
         return evict.mass(self.logits, self.lse, each.repeat(groups).to(self.logits.device))
 

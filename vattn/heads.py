@@ -344,22 +344,27 @@ class HeadCache:
             self.track(layer, WEIGHTS).copy_(logs.gather(2, rows).masked_fill(~inside, 0.0))
 
     def forget_one(self, layer: int, rows: Tensor) -> None:
-        """`forget` one row of every range, rows [batch, kv_heads] int64: the usual step.
+        """`forget` one row of each range, rows [batch, kv_heads] int64, -1 for none: the usual
+        step.
 
         Raises:
             KeepError: a range holds no such row. Otherwise as `forget`.
         """
         ranges, lengths, found = self._of(layer), self.lengths(layer), rows.cpu().numpy()
-        if found.shape != lengths.shape or ((found < 0) | (found >= lengths)).any():
-            limits = (lengths - 1).tolist()
-            raise KeepError(f"rows {found.tolist()} to forget are not all in 0..{limits}")
+        wrong = found.dtype != np.int64 or found.shape != lengths.shape
+        if wrong or ((found < -1) | (found >= lengths)).any():
+            limits, kind = (lengths - 1).tolist(), rows.dtype
+            raise KeepError(
+                f"rows {found.tolist()} of {kind} to forget are not int64 in 0..{limits}, or -1"
+            )
         self.cache.unshare(ranges)
         slots, last = self._slots[layer], self.counts(layer) - 1
         for side in (self._key[:, 0], self._value[:, 0]):
             fill(side, slots, rows, last)
         for track in self.tracks[layer].values():
+            track.get(int(lengths.max()))
             track.swap(rows, last)
-        self.cache.truncate_batch(ranges, lengths.ravel() - 1)
+        self.cache.truncate_batch(ranges, (lengths - (found >= 0)).ravel())
 
     def forget(self, layer: int, drop: Tensor) -> None:
         """Drop the rows of a mask [batch, kv_heads, n]: the last rows take their places. What a

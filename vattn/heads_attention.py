@@ -50,7 +50,7 @@ def attend_logits(
     if several or not (streams(rows) or launches):
         return *attend_lse(heads, rows, layer, scale), logits(heads, rows, layer, scale)
     shape = len(rows), 1, rows.shape[1] * rows.shape[2], int(heads.lengths(layer).max())
-    found = torch.empty(shape, device=rows.device)
+    found = torch.empty(shape, dtype=torch.float32, device=rows.device)
     attend = streamed if streams(rows) else launched
     return *attend(heads, rows, layer, scale, found), found[:, 0]
 

@@ -66,13 +66,18 @@ class Compressed:
         return sum(self.ranks) / sum(self.widths)
 
     def restore(self) -> None:
-        """Give the model its own projections back. Caches of latents cannot go on then."""
+        """Give the model its own projections back, where the model is now, in the type it has now.
+        Caches of latents cannot go on then."""
         self.active, self._positions = False, None
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         for site in self.sites:
-            site.attention.k_proj, site.attention.v_proj = site.before
+            # What stands there is not ours where the model was restored and compressed anew.
+            if site.attention.k_proj is site.key:
+                site.attention.k_proj = site.before[0].to(site.key.up)
+            if site.attention.v_proj is site.value:
+                site.attention.v_proj = site.before[1].to(site.value.up)
 
     def __enter__(self) -> Compressed:
         return self
@@ -134,6 +139,7 @@ class Compressed:
         self._positions = positions
 
 
+@torch.inference_mode(False)
 def compress(
     model: nn.Module, keep: float = 0.5, *, progressive: bool = True, sample: Tensor | None = None
 ) -> Compressed:

@@ -85,7 +85,7 @@ class CAKE(Evictor):
     # ---- layers --------------------------------------------------------------------------------
     def preference(self, seen: Seen) -> Tensor:
         _, variance, old = self._moments(seen)
-        entropy = torch.zeros(len(old), device=old.device)
+        entropy = torch.zeros(len(old), dtype=torch.float32, device=old.device)
         for _, block in seen.logits(self.window_tokens):
             weights = block.softmax(-1) * old[:, :, None, None]
             entropy += torch.special.entr(weights).sum((1, 2, 3, 4))

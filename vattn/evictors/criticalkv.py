@@ -74,7 +74,7 @@ def projected(values: Tensor, output: Tensor) -> Tensor:
     weight = output.float().unflatten(1, (heads, -1, dim))  # [width, H, G, D]
     groups = weight.shape[2]
     rows = max(1, SCORES // (values.shape[0] * heads * weight.shape[0]))
-    found = torch.zeros(values.shape[:3], device=values.device)
+    found = torch.zeros(values.shape[:3], dtype=torch.float32, device=values.device)
     for first in range(0, values.shape[2], rows):
         some = values[:, :, first : first + rows].float()
         for g in range(groups):

@@ -52,7 +52,7 @@ class LagKV(Evictor):
         order, first, lag = by_text(seen), self.sink_tokens, self.lag
         longest = order.shape[-1]
         at = torch.arange(longest, device=order.device)
-        scores = (2 + at / longest).expand(order.shape).clone()  # above every score
+        scores = (2 + at.float() / longest).expand(order.shape).clone()  # above every score
         parts = (longest - first) // lag
         if parts > 1:
             rows = order[..., first : first + parts * lag, None]
@@ -61,7 +61,7 @@ class LagKV(Evictor):
             found = sum(deviation(side.float().unflatten(2, (parts, lag))) / 2 for side in sides)
             assert isinstance(found, Tensor)
             if not self.across:
-                found = found.argsort(-1).argsort(-1) / lag
+                found = found.argsort(-1).argsort(-1).float() / lag
             ends = first + lag * torch.arange(2, parts + 1, device=order.device)
             whole = (ends <= seen.counts[..., None])[..., None]
             part = scores[..., first : first + (parts - 1) * lag].unflatten(2, (parts - 1, lag))

@@ -77,7 +77,8 @@ def channel_scores(seen: Seen, keep: Tensor, window: int) -> Tensor:
         raise EvictorError("ThinK chooses channels after a prompt: there are no queries")
     query = seen.query[:, :, -window:].float().unflatten(1, (keep.shape[1], -1))
     keys = seen.keys
-    found = torch.zeros(*keys.shape[:2], keys.shape[3], device=keys.device)
+    shape = (*keys.shape[:2], keys.shape[3])
+    found = torch.zeros(shape, dtype=torch.float32, device=keys.device)
     for first in range(0, keys.shape[2], CHUNK):
         some = keep[:, :, first : first + CHUNK, None]
         found += keys[:, :, first : first + CHUNK].float().square().where(some, 0.0).sum(2)
