@@ -107,3 +107,25 @@ def test_the_last_row_takes_the_place(dim: int, dtype: torch.dtype, way: None) -
     evict.fill(twin, slots, rows, last, clear=True)
     exact[slots[rows >= 0], last[rows >= 0]] = 0
     assert torch.equal(twin.float(), exact)
+
+
+def test_other_types_and_shapes_are_refused(way: None) -> None:
+    score, counts = torch.randn(2, 3, 9), torch.full((2, 3), 9)
+    positions, last = torch.arange(9).expand(2, 3, 9), torch.full((2,), 9)
+    forced = torch.zeros(2, 3, 9, dtype=torch.bool)
+    given: dict[str, Tensor] = {"score": score, "counts": counts, "positions": positions}
+    given |= {"last": last, "forced": forced}
+    for name, wrong in (
+        ("score", score.double()),
+        ("score", score[:, :1]),
+        ("counts", counts.int()),
+        ("positions", positions[..., :8]),
+        ("last", last.float()),
+        ("forced", forced[:, :1]),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} is torch"):
+            evict.least(first=0, **{**given, name: wrong})  # type: ignore[arg-type]
+    logits, lse = torch.randn(2, 3, 4, 9), torch.randn(2, 3, 4)
+    for shares in (torch.ones(3), torch.ones(4, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="^shares is torch"):
+            evict.mass(logits, lse, shares)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.attention import fresh_seed
 from vattn.eviction import Eviction, dense_prompt
 from vattn.evictor import Evictor, EvictorError, Seen, Step, best
-from vattn.evictors import H2O, SlidingWindow, SnapKV, Streaming
+from vattn.evictors import CAKE, H2O, TOVA, LagKV, SlidingWindow, SnapKV, Streaming, ThinK
 from vattn.heads import HeadCache
 from vattn.layout import LayoutError
 from vattn.selector import Caps
@@ -93,6 +93,30 @@ def test_attention_is_that_over_the_kept_rows(evictor: Evictor, given: bool):
         assert kept.seen == BATCH * 201
         assert kept.evicted == BATCH * HEADS * 201 - sum(kept.budgets)
         assert 0 < kept.share < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "evictor",
+    [H2O(budget=40), TOVA(budget=40), CAKE(budget=40), LagKV(budget=40, lag=8), ThinK(budget=40)],
+    ids=lambda e: type(e).__name__,
+)
+def test_the_type_that_torch_makes_by_default_does_not_matter(evictor: Evictor, dtype: torch.dtype):
+    lines = [torch.randn(4, BATCH, HEADS, n, DIM) for n in (160, 1, 1, 3, 1, 20, 1)]
+    runs = []
+    for default in (torch.float32, dtype):
+        heads = HeadCache(LAYERS, HEADS, DIM, 1024, batch=BATCH, dtype="float32")
+        eviction = Eviction(heads, evictor)
+        torch.set_default_dtype(default)
+        try:
+            for line in lines:
+                for layer in range(LAYERS):
+                    eviction.append(layer, line[0], line[1])
+                    out = eviction.attend(line[2:].transpose(0, 1).flatten(1, 2), layer)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        runs.append([out, *(heads.places(layer) for layer in range(LAYERS))])
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("evictor", [H2O(budget=1.0), SnapKV(budget=500), Streaming(budget=1.0)])

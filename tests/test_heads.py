@@ -165,6 +165,23 @@ def test_forgetting_one_row_moves_the_last_into_its_place(cache: HeadCache, way:
         assert cache.stats().calls == calls, "no page was mapped or unmapped"
 
 
+def test_one_row_goes_where_a_track_is_shorter_than_the_rows(cache: HeadCache):
+    mirror = Mirror(cache, 0)
+    mirror.append(5)
+    cache.track(0, "late").fill_(1.0)
+    mirror.append(300)
+    rows = torch.zeros(BATCH, HEADS, dtype=torch.int64)
+    for held in mirror.rows.values():
+        held[0] = held.pop()
+    cache.forget_one(0, rows)
+    mirror.check()
+    expected = torch.tensor([0.0, 1, 1, 1, 1] + 299 * [0.0]).expand(BATCH, HEADS, -1)
+    assert torch.equal(cache.track(0, "late"), expected)
+    with pytest.raises(KeepError, match="of torch.int32 to forget are not int64"):
+        cache.forget_one(0, rows.int())
+    mirror.check()
+
+
 def test_many_rows_go_and_as_many_move(cache: HeadCache):
     mirror = Mirror(cache, 0)
     mirror.append(60)

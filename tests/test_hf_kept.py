@@ -417,6 +417,19 @@ def test_gradients_and_rows_are_refused():
     assert cache.kept() == kept_again(lm, ids)
 
 
+def test_a_step_that_was_refused_can_be_made_again():
+    lm = model("llama")
+    cache = kept_cache(lm, SMALL[1])
+    rows = torch.randn(2, 1, lm.config.num_key_value_heads, 5, lm.config.head_dim)
+    query = torch.randn(1, lm.config.num_attention_heads, 5, lm.config.head_dim)
+    key, _ = cache.layers[0].update(*rows)
+    with pytest.raises(hf.UnsupportedError, match="softcap cannot be honoured"):
+        key.vattn_reader.attend(query, None, None, {"softcap": 30.0})
+    key, _ = cache.layers[0].update(*rows)
+    assert key.vattn_reader.attend(query, None, None, {}).isfinite().all()
+    assert cache.get_seq_length() == 5
+
+
 def kept_again(lm, ids):
     cache = kept_cache(lm, SMALL[1])
     step(lm, ids, cache)

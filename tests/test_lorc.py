@@ -405,6 +405,35 @@ def test_restored_the_model_is_as_it_was() -> None:
     assert torch.equal(step(lm, ids, None), expected)
 
 
+def test_restored_the_model_is_where_it_is_now() -> None:
+    lm, ids = fresh("llama"), prompts(1, 9)
+    expected = step(lm, ids, None).to(torch.bfloat16)
+    with hf.compress(lm):
+        lm.to(torch.bfloat16)
+    assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
+    assert (step(lm, ids, None) - expected).abs().max() < 0.1
+
+
+def test_restored_twice_leaves_another_compression_alone() -> None:
+    lm, ids = fresh("llama"), prompts(1, 9)
+    first = hf.compress(lm)
+    first.restore()
+    with hf.compress(lm) as second:
+        first.restore()
+        assert lm.model.layers[0].self_attn.k_proj is second.sites[0].key
+        step(lm, ids, latent_cache(lm, second))
+
+
+def test_compressed_under_inference_mode_the_model_still_has_gradients() -> None:
+    lm, ids = fresh("llama"), prompts(1, 9)
+    with torch.inference_mode():
+        compressed = hf.compress(lm, sample=ids)
+    with compressed:
+        embedded = lm.get_input_embeddings()(ids).detach().requires_grad_()
+        lm(inputs_embeds=embedded).logits.sum().backward()
+        assert embedded.grad is not None
+
+
 def test_progressive_keeps_more_in_front() -> None:
     lm = fresh("llama")
     with hf.compress(lm, 0.6) as compressed:

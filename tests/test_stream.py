@@ -232,6 +232,17 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         stream_ragged(query, given, logits=torch.empty(shape))
 
 
+@numba
+def test_logits_of_one_head_may_have_any_stride_of_it() -> None:
+    query, rows = torch.randn(3, 4, 1, 16), torch.randn(3, 20, 16)
+    places = np.array([row.data_ptr() for row in rows], np.int64)
+    given = Rows(places, places, np.full(3, 20, np.int64), 1, 0, 64, keep=rows)
+    logits = torch.full((3, 4, 1, 20), float("nan")).transpose(1, 2)
+    assert logits.is_contiguous()
+    stream_ragged(query, given, logits=logits)
+    torch.testing.assert_close(logits, query.transpose(1, 2) @ rows.mT[:, None] / 4)
+
+
 def test_refused_with_the_reason() -> None:
     query, key, value, _ = Case().inputs()
     with pytest.raises(ValueError, match="takes one dtype of float32, bfloat16, float16"):

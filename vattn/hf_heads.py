@@ -165,6 +165,10 @@ class HeadStore:
             self._check(layer, key)
         self._handed[layer] = (key, value)
 
+    def take_back(self, layer: int) -> None:
+        """The attention refuses what was handed out: the step has not been."""
+        self._handed.pop(layer, None)
+
     def attend(
         self,
         layer: int,

@@ -43,6 +43,7 @@ class Keeper:
         """
         named = [name for name, value in refused.items() if value]
         if named:
+            self._kept.take_back(self._layer)
             raise UnsupportedError(
                 f"layer {self._layer} has a policy, and {', '.join(named)} cannot be honoured with "
                 "it; make the cache without a policy for this model"

@@ -109,7 +109,7 @@ class PressStore(HeadStore):
                     "prompts of one length, or one by one"
                 )
         except UnsupportedError:
-            self._handed.pop(layer, None)
+            self.take_back(layer)
             raise
         # Without the mask: it is that of layer 0 for all, while layers may differ in length.
         return super().attend(layer, query, None, scale, hidden)
