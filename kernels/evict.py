@@ -11,7 +11,8 @@ last row in that place.
 
 On a CPU with numba in loops (`evict_loops`): a step has a dozen of heads with some thousand rows,
 and each of torch's operations on so little takes longer to call than to run. Elsewhere in torch's
-operations. Bytes moved: logits, scores and masks once; the rows that move.
+operations, none of which waits for a device. Bytes moved: logits, scores and masks once; the rows
+that move.
 """
 
 from __future__ import annotations
@@ -96,11 +97,12 @@ def fill(side: Tensor, slots: Tensor, rows: Tensor, last: Tensor, *, clear: bool
     side; ``clear``: and leave zeros at ``last``."""
     code = _loops(side)
     if code is None:
-        some = rows >= 0
-        slots, rows, last = slots.view(rows.shape)[some], rows[some], last[some]
-        side[slots, rows] = side[slots, last]
+        slots, some = slots.view(rows.shape), rows >= 0
+        moved = side[slots, last]
+        side[slots, rows.where(some, last)] = moved
         if clear:
-            side[slots, last] = 0
+            bits = moved.view(torch.uint8).masked_fill(some[..., None], 0)
+            side[slots, last] = bits.view(side.dtype)
         return
     given = [t.contiguous() for t in (slots, rows, last)]
     slot, row = (step * side.itemsize for step in side.stride()[:2])

@@ -65,7 +65,7 @@ def assert_right(found: Columns, right: Columns, limit: float = LIMIT) -> None:
 CASES = [
     pytest.param((70, 33), (4, 2), 5, 16, None, id="window"),
     pytest.param((24,), (2, 2), 24, 8, None, id="whole prompt"),
-    pytest.param((130, 1, 64), (8, 1), 1, 32, (4, 0, 2), id="one row, slots"),
+    pytest.param((66, 1, 30), (4, 1), 1, 32, (4, 0, 2), id="one row, slots"),
     pytest.param((67, 20), (3, 3), 20, 20, (1, 3), id="odd width"),
 ]
 

@@ -340,3 +340,39 @@ def test_merged_rows_weigh_in_what_evictors_see():
         assert torch.allclose(found[b, h].double(), weights.sum((0, 1)), atol=1e-5)
         right = weights @ values[b, h]
         assert torch.allclose(out[b, h * GROUPS : (h + 1) * GROUPS].double(), right, atol=1e-5)
+
+
+def test_a_prompt_that_fails_and_is_taken_back_leaves_the_budget_as_it_was():
+    fresh_seed()
+
+    class Failing(H2O):
+        def score(self, seen: Seen) -> Tensor:
+            if int(seen.tokens.max()) == 300:
+                raise EvictorError("not this one")
+            return super().score(seen)
+
+    text = Text(Failing(budget=0.25))
+    text.feed(200)
+    for _ in range(40):
+        text.feed(1)
+    assert text.held() == {50}
+    rows = torch.randn(BATCH, HEADS, 60, DIM)
+    text.eviction.append(0, rows, rows)
+    with pytest.raises(EvictorError, match="not this one"):
+        text.eviction.attend(torch.randn(BATCH, HEADS * GROUPS, 60, DIM), 0)
+    text.eviction.crop(0, 60)
+    for _ in range(20):
+        text.feed(1)
+    assert text.held() == {50}
+
+
+def test_an_evictor_that_follows_has_to_suit_the_cache_too():
+    first = H2O(budget=40)
+    text = Text(first)
+    with pytest.raises(EvictorError, match="dense_layers has 7"):
+        text.eviction.follow(H2O(budget=40, dense_layers=(7,)))
+    assert text.eviction.evictor is first
+    # A layer that stays dense is none of those that decide together.
+    text.eviction.follow(CAKE(budget=40, dense_layers=(0,)))
+    text.feed(100)
+    assert sorted(text.held()) == [40, 100]

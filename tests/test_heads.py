@@ -177,8 +177,23 @@ def test_one_row_goes_where_a_track_is_shorter_than_the_rows(cache: HeadCache):
     mirror.check()
     expected = torch.tensor([0.0, 1, 1, 1, 1] + 299 * [0.0]).expand(BATCH, HEADS, -1)
     assert torch.equal(cache.track(0, "late"), expected)
-    with pytest.raises(KeepError, match="of torch.int32 to forget are not int64"):
+    with pytest.raises(KeepError, match="int32 to forget are not int64"):
         cache.forget_one(0, rows.int())
+    mirror.check()
+
+
+@pytest.mark.parametrize("way", ["loops", "torch"])
+def test_a_range_without_a_row_is_not_read(
+    cache: HeadCache, way: str, monkeypatch: pytest.MonkeyPatch
+):
+    if way == "torch":
+        monkeypatch.setattr(stream, "available", lambda: "not wanted")
+    mirror = Mirror(cache, 0)
+    mirror.append(6, [6, 0])
+    rows = torch.tensor([[2] * HEADS, [-1] * HEADS])
+    for h in range(HEADS):
+        mirror.rows[0, h][2] = mirror.rows[0, h].pop()
+    cache.forget_one(0, rows)
     mirror.check()
 
 

@@ -78,19 +78,9 @@ class Eviction:
     def __init__(
         self, heads: HeadCache, evictor: Evictor, outputs: list[Tensor] | None = None
     ) -> None:
-        for layer in evictor.dense_layers:
-            if not 0 <= layer < heads.layers:
-                raise EvictorError(
-                    f"dense_layers has {layer}: the cache has layers 0 to {heads.layers - 1}"
-                )
-        if evictor.narrows and (evictor.cascades or evictor.joint or evictor.merges):
-            raise EvictorError(
-                f"{type(evictor).__name__} narrows rows, and decides for several layers or merges "
-                "tokens as well: it can be one of these"
-            )
-        self.heads, self.evictor, self.outputs = heads, evictor, outputs
+        self.heads, self.outputs = heads, outputs
         self.watchers: list[Watcher] = []
-        self._every = [i for i in range(heads.layers) if i not in evictor.dense_layers]
+        self._serve(evictor)
         self._states = [self._fresh() for _ in range(heads.layers)]
         self._preferences: list[Tensor] = []
 
@@ -110,8 +100,12 @@ class Eviction:
 
     def follow(self, evictor: Evictor) -> None:
         """Another evictor from now on, with its own budget for the prompts there were. Scores
-        stay."""
-        self.evictor = evictor
+        stay.
+
+        Raises:
+            EvictorError: it does not suit the cache; the one before goes on.
+        """
+        self._serve(evictor)
         for layer, state in enumerate(self._states):
             self._begin(layer, state.prompt)
 
@@ -185,7 +179,12 @@ class Eviction:
             state.prompt = heads.tokens[layer].copy()
             return attended
         if prompt:
-            self._prompt(query, layer, factor, length, hidden)
+            before = replace(state)
+            try:
+                self._prompt(query, layer, factor, length, hidden)
+            except BaseException:
+                self._states[layer] = before  # budgets are still those of the prompt before
+                raise
         else:
             if evictor.watches and logits is None:
                 logits = heads.logits(query, layer, factor)
@@ -286,6 +285,22 @@ class Eviction:
             self._keep(i, some, mask)
             self._states[i].seen = self._states[i].scores = None
 
+    def _serve(self, evictor: Evictor) -> None:
+        """Take an evictor that suits the cache."""
+        layers = self.heads.layers
+        for layer in evictor.dense_layers:
+            if not 0 <= layer < layers:
+                raise EvictorError(
+                    f"dense_layers has {layer}: the cache has layers 0 to {layers - 1}"
+                )
+        if evictor.narrows and (evictor.cascades or evictor.joint or evictor.merges):
+            raise EvictorError(
+                f"{type(evictor).__name__} narrows rows, and decides for several layers or merges "
+                "tokens as well: it can be one of these"
+            )
+        self.evictor = evictor
+        self._every = [i for i in range(layers) if i not in evictor.dense_layers]
+
     def _begin(self, layer: int, tokens: Ints) -> None:
         """A prompt of so many tokens is what budgets are for from now on."""
         state = self._states[layer]
@@ -381,7 +396,9 @@ class Eviction:
             keep = seen.valid.scatter(2, rows[..., None], False)
             for watch in self.watchers:
                 watch(layer, seen, keep)
-        self.heads.forget_one(layer, rows)
+        # An evictor that finds them by itself may err; on the host a look costs nothing.
+        ours = rows.is_cuda and type(self.evictor).worst is Evictor.worst
+        self.heads.forget_one(layer, rows, trusted=ours)
         self._states[layer].evicted += rows.numel()
 
     def _drop(self, layer: int, seen: Seen, drop: Tensor) -> None:

@@ -343,20 +343,25 @@ class HeadCache:
         if logs is not None:
             self.track(layer, WEIGHTS).copy_(logs.gather(2, rows).masked_fill(~inside, 0.0))
 
-    def forget_one(self, layer: int, rows: Tensor) -> None:
+    def forget_one(self, layer: int, rows: Tensor, *, trusted: bool = False) -> None:
         """`forget` one row of each range, rows [batch, kv_heads] int64, -1 for none: the usual
-        step.
+        step. ``trusted`` rows are there, one of each range: a device need not be waited for.
 
         Raises:
             KeepError: a range holds no such row. Otherwise as `forget`.
         """
-        ranges, lengths, found = self._of(layer), self.lengths(layer), rows.cpu().numpy()
+        ranges, lengths = self._of(layer), self.lengths(layer)
+        found = np.zeros_like(lengths) if trusted else rows.cpu().numpy()
         wrong = found.dtype != np.int64 or found.shape != lengths.shape
         if wrong or ((found < -1) | (found >= lengths)).any():
             limits, kind = (lengths - 1).tolist(), rows.dtype
             raise KeepError(
                 f"rows {found.tolist()} of {kind} to forget are not int64 in 0..{limits}, or -1"
             )
+        if not lengths.all():  # a range without a row may have no page, and is not to be read
+            at = torch.arange(int(lengths.max()), device=self.device)
+            self.forget(layer, at == rows[..., None])
+            return
         self.cache.unshare(ranges)
         slots, last = self._slots[layer], self.counts(layer) - 1
         for side in (self._key[:, 0], self._value[:, 0]):

@@ -41,8 +41,11 @@ class LatentLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch size, dtype and device from the first rows [B, Hkv, n, D]."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.latents.open_layer(self.index, key_states.shape[0], self.dtype, self.device)
+        self._open(key_states.shape[0], key_states.dtype, key_states.device)
+
+    def _open(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.latents.open_layer(self.index, batch, dtype, device)
         self.is_initialized = True
 
     def update(
@@ -54,7 +57,8 @@ class LatentLayer(CacheLayerMixin):
         fresh = not self.is_initialized
         held = self.get_seq_length()
         try:
-            self.lazy_initialization(key_states, value_states)
+            # Under autocast K is of another dtype than what it was projected from.
+            self._open(batch, new[0].dtype, key_states.device)
             self.latents.append(self.index, *new)
         except VattnError:
             if fresh:  # bound to no batch: the next try may bring another

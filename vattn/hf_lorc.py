@@ -231,10 +231,12 @@ def _moments(
     model: Any, projections: list[tuple[nn.Linear, nn.Linear]], sample: Tensor
 ) -> dict[nn.Module, Tensor]:
     """The mean of y y^T of each projection, [out, out] in float64, y without its bias."""
-    if sample.dim() != 2 or not sample.numel() or sample.is_floating_point():
+    integers = sample.dtype in (torch.int64, torch.int32)
+    known = model.get_input_embeddings().num_embeddings
+    if sample.dim() != 2 or not sample.numel() or not integers or not _within(sample, known):
         raise LorcError(
-            f"sample must be token ids [rows, tokens], got {tuple(sample.shape)} of "
-            f"{sample.dtype}: pass input_ids, or leave it out"
+            f"sample must be token ids [rows, tokens] from 0 to {known - 1}, got "
+            f"{tuple(sample.shape)} of {sample.dtype}: pass input_ids, or leave it out"
         )
     sums: dict[nn.Module, Tensor] = {}
 
@@ -251,6 +253,10 @@ def _moments(
         for hook in hooks:
             hook.remove()
     return sums
+
+
+def _within(ids: Tensor, known: int) -> bool:
+    return int(ids.min()) >= 0 and int(ids.max()) < known
 
 
 # ---- what can be compressed ----------------------------------------------------------------------

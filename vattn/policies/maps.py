@@ -92,7 +92,7 @@ def channels(keys: Tensor, queries: Tensor, rank: int) -> Map:
     best = (size * keys.float().abs().mean(2)).argsort(dim=-1, descending=True, stable=True)
     picked = best[..., :rank].sort(dim=-1).values
     axes = torch.nn.functional.one_hot(picked, dim).mT.float()
-    return Map(torch.zeros(layers, heads, dim, device=keys.device), axes, axes)
+    return Map(axes.new_zeros(layers, heads, dim), axes, axes)
 
 
 def _moments(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,4 +30,5 @@ class Random(Selector):
 def uniform(shape: tuple[int, ...], seed: int, look: Look) -> Tensor:
     """Numbers of [0, 1), float32, drawn on the host for this layer and step."""
     draw = torch.Generator().manual_seed(hash((seed, look.layer, look.step)) & (1 << 63) - 1)
-    return torch.rand(shape, generator=draw).to(look.kv.key.device)
+    drawn = torch.rand(shape, generator=draw, dtype=torch.float32)
+    return drawn.to(look.kv.key.device)
