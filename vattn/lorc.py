@@ -173,8 +173,8 @@ def ranks(
     number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
     if not number or not 0 < keep <= 1:
         raise LorcError(
-            f"keep is the share of the cache's bytes, over 0 and at most 1, got {keep!r}; pass 0.5, "
-            "say"
+            f"keep is the share of the cache's bytes, over 0 and at most 1, got {keep!r}; pass "
+            "0.5, say"
         )
     budget = math.floor(keep * sum(widths) + 1e-9)
     if budget < len(widths):
