@@ -100,6 +100,7 @@ def test_a_view_may_die_on_any_thread() -> None:
 
 def test_an_arena_that_nobody_closed_gives_everything_back() -> None:
     pool = Pool(HostBackend(PAGE), budget_bytes=10 * PAGE)
+    gc.collect()  # what earlier tests have left
     maps = process_maps()
     arena = Arena(pool, slots=2, lanes=2, lane_pages=4)
     grow(arena, 0, 2)

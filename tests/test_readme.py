@@ -28,14 +28,18 @@ def tiny_model() -> torch.nn.Module:
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_a_snippet_runs(number):
     import vattn
+    from tests.test_press import Heads
 
+    vattn.hf.register()
     rows = torch.randn(1, 8, 40, 128, dtype=torch.bfloat16)
     query, key, value = (torch.randn(1, heads, 5, 16) for heads in (8, 2, 2))
     cache = vattn.KVCache(vattn.Layout(1, 2, 16, 64, dtype="float32"))
     chats = [cache.open()]
     cache.append(0, key, value, chats)
     names = {
+        "torch": torch,
         "vattn": vattn,
+        "press": Heads(0.5, seed=0),
         "model": tiny_model(),
         "inputs": {"input_ids": torch.arange(1, 9)[None], "max_new_tokens": 4, "do_sample": False},
         "k": rows,
