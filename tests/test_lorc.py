@@ -50,7 +50,7 @@ ROUNDING = 2e-3  # of sharpened logits of about 8, in float32
 def fresh(family: str, dtype: torch.dtype = torch.float32, attention: str = "vattn") -> Any:
     """A model of our own to change; "qwen2" has biases of K and V, far from zero."""
     if family != "qwen2":
-        return copy.deepcopy(model(family, dtype, attention=attention))
+        return model.__wrapped__(family, dtype, attention=attention)
     hf.register()
     like = model("llama", dtype, attention=attention).config.to_dict()
     named = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
