@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vattn.kernels import stream
+from vattn.kernels import crew, stream
 
 WIDTH = 8  # numbers that the loops take at once
 
@@ -125,8 +125,5 @@ def _lies(t: Tensor) -> tuple[int, int, int]:
 
 
 def _loops(tensor: Tensor) -> ModuleType | None:
-    if not tensor.is_cpu or stream.available() is not None:
-        return None
-    from vattn.kernels import evict_loops
-
-    return evict_loops
+    streams = tensor.is_cpu and stream.available() is None
+    return crew.loops("evict_loops") if streams else None

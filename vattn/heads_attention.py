@@ -21,6 +21,7 @@ from .kernels.index import Index
 from .kernels.kv import MOST_TOKENS
 from .kernels.scores import Scores
 from .kernels.selection import Selection
+from .ragged import streams
 
 if TYPE_CHECKING:
     from .heads import HeadCache
@@ -67,12 +68,6 @@ def logits(heads: HeadCache, rows: Tensor, layer: int, scale: float | None) -> T
         found.masked_fill_(torch.arange(longest, device=found.device) > last, EMPTY)
     logs = heads.log_weights(layer)
     return found if logs is None else found.add_(logs.flatten(0, 1)[:, None])
-
-
-def streams(rows: Tensor) -> bool:
-    """Whether the stream kernel takes such rows."""
-    few = rows.shape[1] * rows.shape[2] <= ragged.STREAM_ROWS
-    return rows.is_cpu and few and stream.available() is None
 
 
 def streamed(

@@ -17,13 +17,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
 
 from vattn.hf_attention import HIDDEN, UnsupportedError
 from vattn.hf_heads import HeadStore
-from vattn.hf_layers import removed
+from vattn.hf_layers import HeldLayer, removed
 from vattn.hf_store import Store, check_rows
-from vattn.hf_versions import queries_of
 
 
 class Keeper:
@@ -51,16 +49,12 @@ class Keeper:
         return self._kept.attend(self._layer, query, mask, scale, self.hidden)
 
 
-class KeptLayer(CacheLayerMixin):
+class KeptLayer(HeldLayer):
     """A layer whose KV heads hold tokens of their own choice.
 
     Its length is that of the text, whatever is held. There are no `keys` and `values`: the heads
     differ in length; `cache.store.kept.heads` shows what each holds.
     """
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
 
     def __init__(self, store: Store, **kwargs: Any) -> None:
         # Not super().__init__(): it would assign None to the two properties.
@@ -92,17 +86,9 @@ class KeptLayer(CacheLayerMixin):
         """Tokens of the text so far, held or not, padding included."""
         return self.kept.seen[self.index]
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """(keys, offset of the first key) of the mask: those of the whole text."""
-        return self.get_seq_length() + queries_of(query_length), 0
-
     def get_max_length(self) -> int:
         """Tokens that fit into the reservation."""
         return self.kept.options.max_tokens
-
-    def get_max_cache_shape(self) -> int:
-        """What 5.2 calls `get_max_length`."""
-        return self.get_max_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of the text (see `removed`); what was evicted
@@ -131,12 +117,6 @@ class KeptLayer(CacheLayerMixin):
         if self.get_seq_length():
             rows = torch.arange(self.kept.heads.batch)
             self.kept.reorder(self.index, rows[torch.as_tensor(indices)].tolist())
-
-    def offload(self) -> None:
-        """Nothing: the rows are in host memory already."""
-
-    def prefetch(self) -> None:
-        """Nothing: the rows are in host memory already."""
 
     @property
     def keys(self) -> NoReturn:

@@ -13,24 +13,18 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from vattn.allocator.errors import VattnError
 from vattn.hf_attention import UnsupportedError
-from vattn.hf_layers import removed
+from vattn.hf_layers import HeldLayer, removed
 from vattn.hf_store import Store
-from vattn.hf_versions import queries_of
 
 
-class LatentLayer(CacheLayerMixin):
+class LatentLayer(HeldLayer):
     """A layer of latents.
 
     `keys` and `values` are rebuilt whenever they are asked for, and cannot be assigned.
     """
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
 
     def __init__(self, store: Store, **kwargs: Any) -> None:
         # Not super().__init__(): it would assign None to the two properties.
@@ -71,17 +65,9 @@ class LatentLayer(CacheLayerMixin):
         """Tokens held."""
         return self.latents.tokens(self.index)
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """(keys, offset of the first key) that `update` will return for `query_length` tokens."""
-        return self.get_seq_length() + queries_of(query_length), 0
-
     def get_max_length(self) -> int:
         """Tokens that fit into the reservation."""
         return self.latents.options.max_tokens
-
-    def get_max_cache_shape(self) -> int:
-        """What 5.2 calls `get_max_length`."""
-        return self.get_max_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (see `removed`)."""
@@ -109,12 +95,6 @@ class LatentLayer(CacheLayerMixin):
         rows = torch.arange(self.latents.batch(self.index))
         if len(rows):
             self.latents.reorder(self.index, rows[torch.as_tensor(indices)].tolist())
-
-    def offload(self) -> None:
-        """Nothing: the rows are in host memory already."""
-
-    def prefetch(self) -> None:
-        """Nothing: the rows are in host memory already."""
 
     @property
     def keys(self) -> Tensor | None:

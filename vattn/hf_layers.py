@@ -34,17 +34,35 @@ def removed(tokens_to_remove: int, length: int) -> int:
     )
 
 
-class VattnLayer(CacheLayerMixin):
+class HeldLayer(CacheLayerMixin):
+    """What all layers over our memory have in common."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """(keys, offset of the first key) of the mask of `query_length` new tokens."""
+        return self.get_seq_length() + queries_of(query_length), 0
+
+    def get_max_cache_shape(self) -> int:
+        """What 5.2 calls `get_max_length`."""
+        return self.get_max_length()
+
+    def offload(self) -> None:
+        """Nothing: the rows are in host memory already."""
+
+    def prefetch(self) -> None:
+        """Nothing: the rows are in host memory already."""
+
+
+class VattnLayer(HeldLayer):
     """A full-attention layer: all rows in one growing view.
 
     `keys` and `values` are [B, Hkv, tokens, D] views, or None before the first tokens. Both can be
     assigned: the layer then holds copies of the assigned rows. A first assignment waits for the
     second, so that K and V never differ in length.
     """
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
 
     def __init__(self, store: Store, **kwargs: Any) -> None:
         # Not super().__init__(): it would assign None to the two properties.
@@ -76,17 +94,9 @@ class VattnLayer(CacheLayerMixin):
         self._settle()
         return self.store.tokens(self.index)
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """(keys, offset of the first key) that `update` will return for `query_length` tokens."""
-        return self.get_seq_length() + queries_of(query_length), 0
-
     def get_max_length(self) -> int:
         """Tokens that fit into the reservation."""
         return self.store.options.max_tokens
-
-    def get_max_cache_shape(self) -> int:
-        """What 5.2 calls `get_max_length`."""
-        return self.get_max_length()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (see `removed`)."""
@@ -117,12 +127,6 @@ class VattnLayer(CacheLayerMixin):
         self._settle()
         batch = torch.arange(len(self.store.sequences))
         self.store.reorder(self.index, batch[torch.as_tensor(indices)].tolist())
-
-    def offload(self) -> None:
-        """Nothing: the rows are in host memory already."""
-
-    def prefetch(self) -> None:
-        """Nothing: the rows are in host memory already."""
 
     @property
     def keys(self) -> Tensor | None:

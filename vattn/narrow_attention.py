@@ -30,8 +30,7 @@ def attend_lse(
     """Attend to a layer with narrow rows: query [ranges, G, L, D], ``kv`` the other rows, at least
     L in each range. Returns the same shape and the log-sum-exp [ranges, G, L]."""
     factor = query.shape[3] ** -0.5 if scale is None else float(scale)
-    few = query.shape[1] * query.shape[2] <= ragged.STREAM_ROWS
-    if query.is_cpu and few and stream.available() is None:
+    if ragged.streams(query):
         parts = streamed(query, kv, narrow, layer, factor)
     elif query.is_cuda and query.shape[2] <= MOST_TOKENS:
         parts = launched(query, kv, narrow, layer, factor)

@@ -73,12 +73,11 @@ def attend_lse(
         return ragged_gpu.attend_lse(query, view, layer, scale, window_tokens)
     ragged = view.ragged(layer)
     ragged_gpu.check(query, view, layer, window_tokens)
-    rows = query.shape[1] // view.cache.layout.kv_heads * query.shape[2]
     if query.numel() == 0:
         return empty_rows(query, query)
     # The kernels read the elements of a row side by side, and as they lie in memory.
     query = plain_rows(query.resolve_neg())
-    if rows <= STREAM_ROWS and stream.available() is None:
+    if streams(query, view.cache.layout.kv_heads):
         head, token, _ = ragged.strides
         item = query.itemsize
         places = stream.Rows(
@@ -96,6 +95,12 @@ def attend_lse(
         for i, (k, v) in enumerate(zip(ragged.k, ragged.v, strict=True))
     ]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def streams(query: Tensor, kv_heads: int = 1) -> bool:
+    """Whether the stream kernel takes a query [B, Hq, L, D] over so many KV heads."""
+    rows = query.shape[1] // kv_heads * query.shape[2]
+    return query.is_cpu and rows <= STREAM_ROWS and stream.available() is None
 
 
 def attend_one(
