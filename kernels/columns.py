@@ -9,27 +9,33 @@ and ``entropy`` the sum over rows and keys of -a ln a. So ``total`` sums to R ov
 query head. Keys behind a sequence's length have 0. n is the longest sequence.
 
     on a GPU     `columns_kernel` (Triton)
-    elsewhere    torch's operations, a block of rows at a time
+    on a CPU     `columns_loops` (numba)
+    elsewhere    torch's operations
 
-Bytes moved: K once for each block of rows (once in all for an observation window), and 8 bytes a
-key and query head. Only the first ``lengths`` rows of K need be mapped. Sources: H2O
-(arXiv 2306.14048) sums over all rows, SnapKV (2404.14469) over a window, CAKE (2503.12491) takes
-mean, variance and entropy of one.
+Scores are made a block of rows at a time. Bytes moved: K once for each block (once in all for an
+observation window), and 8 bytes a key and query head. Only the first ``lengths`` rows of K need be
+mapped. Sources: H2O (arXiv 2306.14048) sums over all rows, SnapKV (2404.14469) over a window, CAKE
+(2503.12491) takes mean, variance and entropy of one.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from vattn.kernels import crew, stream
 from vattn.kernels.contract import EMPTY
 from vattn.kernels.kv import KV
 
 # Scores that are held at once, in float32 elements (32 MiB).
 SCORES = 1 << 23
+# Likewise where loops read them; and those that pay for a thread.
+BLOCK, THREAD_SCORES = 1 << 19, 16 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +60,8 @@ def columns(
         from vattn.kernels.columns_kernel import columns as launched
 
         return launched(query, kv, scale=scale)
+    if query.is_cpu and stream.available() is None:
+        return _streamed(query, kv, scale, bias)
     total: Tensor | None = None
     square = entropy = query.new_zeros(0)
     for _, scores in logits(query, kv, scale=scale, bias=bias):
@@ -70,6 +78,27 @@ def columns(
     return Columns(total, square, entropy, query.shape[2])
 
 
+def _streamed(query: Tensor, kv: KV, scale: float | None, bias: Tensor | None) -> Columns:
+    """By compiled loops: a block's scores stay in the processor's cache, and no key is looked at
+    that the block's rows do not see."""
+    code, counts = crew.loops("columns_loops"), check(query, kv)
+    batch, heads, rows, _ = query.shape
+    longest, units = max(counts), batch * heads
+    total, square = query.new_zeros(2, batch, heads, longest, dtype=torch.float32)
+    entropy = query.new_zeros(batch, heads, dtype=torch.float32)
+    for first, scores in blocks(query, kv, counts, scale, bias, BLOCK):
+        ends = torch.tensor(counts) - rows + first + 1
+        drawn = array("q", bytes(8 * crew.COUNTS))
+        held = scores, ends, total, square, entropy
+        places = [each.data_ptr() for each in held]
+        words = array("q", (heads, scores.shape[2], places[0], scores.shape[3], *places[1:4]))
+        words.extend((longest, places[4], units, drawn.buffer_info()[0]))
+        threads = crew.threads(units, scores.numel(), THREAD_SCORES)
+        call = partial(code.run, words.buffer_info()[0])
+        crew.work(call, drawn, units, threads, words, *held)
+    return Columns(total, square, entropy, rows)
+
+
 def logits(
     query: Tensor, kv: KV, *, scale: float | None = None, bias: Tensor | None = None
 ) -> Iterator[tuple[int, Tensor]]:
@@ -80,26 +109,36 @@ def logits(
     Raises:
         ValueError: as `columns`.
     """
-    counts = check(query, kv)
+    counts, rows = check(query, kv), query.shape[2]
+    at = torch.arange(max(counts), device=query.device)
+    ends = torch.tensor(counts, device=query.device) - rows
+    for first, scores in blocks(query, kv, counts, scale, bias, SCORES):
+        row = torch.arange(first, first + scores.shape[2], device=query.device)
+        last = (ends[:, None] + row)[:, None, :, None]
+        whole = scores.new_full((*scores.shape[:3], len(at)), EMPTY)
+        whole[..., : scores.shape[3]] = scores
+        yield first, whole.masked_fill_(at > last, EMPTY)
+
+
+def blocks(
+    query: Tensor, kv: KV, counts: list[int], scale: float | None, bias: Tensor | None, size: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of about ``size`` scores: (first row, [B, Hq, r, m] float32), m the keys that its last
+    row sees in the longest sequence. What a row does not see is not masked."""
     batch, heads, rows, dim = query.shape
     kv_heads, longest = kv.key.shape[1], max(counts)
     keys = padded(kv.key, kv, counts).float()
     if kv.key_scale is not None:
         keys = keys * kv.key_scale.view(-1, 1, 1)
     factor = dim**-0.5 if scale is None else float(scale)
-    at = torch.arange(longest, device=query.device)
-    ends = torch.tensor(counts, device=query.device) - rows
-    step = max(1, SCORES // (batch * heads * longest))
+    step = max(1, size // (batch * heads * longest))
     for first in range(0, rows, step):
         some = query[:, :, first : first + step].float() * factor
-        grouped = some.unflatten(1, (kv_heads, -1))
-        scores = grouped.flatten(2, 3) @ keys.mT
+        seen = longest - rows + first + some.shape[2]
+        scores = some.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ keys[:, :, :seen].mT
         if bias is not None:
-            scores += bias[:, :, None]
-        scores = scores.view(batch, heads, some.shape[2], longest)
-        row = torch.arange(first, first + some.shape[2], device=query.device)
-        last = (ends[:, None] + row)[:, None, :, None]
-        yield first, scores.masked_fill_(at > last, EMPTY)
+            scores += bias[:, :, None, :seen]
+        yield first, scores.view(batch, heads, some.shape[2], seen)
 
 
 def check(query: Tensor, kv: KV) -> list[int]:

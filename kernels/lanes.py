@@ -284,6 +284,12 @@ def lane(b: Any, lanes: Any, index: Any) -> Any:
     return _spread(b, b.extract_element(lanes, index))
 
 
+@word(scalar, f32x8)
+def number(b: Any, lanes: Any) -> Any:
+    """The first lane's number."""
+    return b.extract_element(lanes, _i32(0))
+
+
 @word(f32x8, f32x8)
 def swap(b: Any, lanes: Any) -> Any:
     """Lanes 4..7 before lanes 0..3."""

@@ -70,8 +70,48 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=["loops", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a CPU makes them: by compiled loops, or where these are not to be had."""
+    if request.param == "torch":
+        monkeypatch.setattr("vattn.kernels.stream.available", lambda: "not asked for")
+    return request.param
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("block", [1, 500, 1 << 19])
+def test_loops_take_any_block(block: int, threads: int, monkeypatch: pytest.MonkeyPatch):
+    fresh_seed()
+    monkeypatch.setattr("vattn.kernels.columns.BLOCK", block)
+    monkeypatch.setattr("vattn.kernels.columns.THREAD_SCORES", 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    query, kv = drawn((65, 41), (6, 2), 37, 16, torch.float32)
+    assert_right(columns(query, kv), definition(query, kv, None))
+
+
+def test_extreme_scores_and_a_bias(way: str):
+    fresh_seed()
+    query, kv = drawn((40, 40), (4, 2), 9, 16, torch.float32)
+    kv.key[0, :, 3] = 1e19  # of one weight, or of none
+    bias = torch.randn(2, 2, 40)
+    found, seen = columns(query, kv, bias=bias), [block for _, block in logits(query, kv)]
+    weights = (torch.cat(seen, 2) + bias.repeat_interleave(2, 1)[:, :, None]).double().softmax(-1)
+    assert (found.total - weights.sum(2)).abs().max() < LIMIT
+    assert (found.square - weights.square().sum(2)).abs().max() < LIMIT
+    assert (found.entropy - torch.special.entr(weights).sum((-1, -2))).abs().max() < 1e-3
+
+
+def test_nan_is_told(way: str):
+    query, kv = drawn((12,), (2, 1), 3, 16, torch.float32)
+    query[0, 1, 2] = math.nan
+    found = columns(query, kv)
+    assert found.total[0, 1].isnan().all()
+    assert not found.total[0, 0].isnan().any()
+    assert found.entropy.isnan().tolist() == [[False, True]]
+
+
 @pytest.mark.parametrize(("counts", "heads", "rows", "dim", "slots"), CASES)
-def test_torch_gives_the_definition(counts, heads, rows, dim, slots):
+def test_a_cpu_gives_the_definition(counts, heads, rows, dim, slots, way):
     fresh_seed()
     query, kv = drawn(counts, heads, rows, dim, torch.float32, slots=slots)
     assert_right(columns(query, kv), definition(query, kv, None))
