@@ -6,6 +6,7 @@ last row in that place.
     least   score [B, H, n] float32, counts [B, H], positions [B, H, n] int64
             -> rows [B, H] int64: of the first `counts` the lowest score of those that may go, the
             last of equals; where none may (or all are +inf), the lowest position
+    scatter rows [B, H, 1, D] -> each to an address [B, H] int64
     fill    rows, last [B, H] int64: row `last` of each slot takes the place of its row `rows`,
             nothing where that is -1
 
@@ -19,7 +20,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vattn.kernels import crew, stream
@@ -108,6 +111,14 @@ def fill(side: Tensor, slots: Tensor, rows: Tensor, last: Tensor, *, clear: bool
     slot, row = (step * side.itemsize for step in side.stride()[:2])
     base, size = side.data_ptr(), side.shape[2] * side.itemsize
     code.fill(slots.numel(), base, slot, row, size, *(t.data_ptr() for t in given), clear)
+
+
+def scatter(rows: Tensor, places: NDArray[np.int64], size: int) -> None:
+    """Write rows [B, H, 1, D], of ``size`` bytes with elements side by side, to addresses [B, H].
+    Host memory alone, with numba."""
+    batch, head = (step * rows.itemsize for step in rows.stride()[:2])
+    code, where = crew.loops("evict_loops"), places.ctypes.data
+    code.scatter(*rows.shape[:2], rows.data_ptr(), batch, head, where, size)
 
 
 def _check(dtype: torch.dtype = torch.float32, **given: tuple[Tensor, tuple[int, ...]]) -> None:

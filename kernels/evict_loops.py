@@ -17,7 +17,7 @@ BEST = np.float32(np.inf)
 
 
 def compiled(sources: int) -> Any:
-    """Make `mass`, `least` and `fill`; see `calls.sources`."""
+    """Make `mass`, `least`, `fill` and `scatter`; see `calls.sources`."""
 
     @kept
     def mass(heads: int, lines: int, n: int, logits: int, lse: int, shares: int, out: int) -> None:
@@ -99,7 +99,19 @@ def compiled(sources: int) -> Any:
             if clear and target >= 0:
                 v.clear(line + source * row, size)
 
-    return mass, least, fill
+    @kept
+    def scatter(
+        batch: int, heads: int, source: int, source_batch: int, source_head: int, places: int,
+        size: int,
+    ) -> None:  # fmt: skip
+        """See `evict.scatter`."""
+        if not sources:
+            return
+        for i in range(batch * heads):
+            row = source + i // heads * source_batch + i % heads * source_head
+            v.copy(v.integer(places + 8 * i), row, size)
+
+    return mass, least, fill, scatter
 
 
-mass, least, fill = compiled(sources())
+mass, least, fill, scatter = compiled(sources())

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.attention import fresh_seed
 from vattn import heads_attention
-from vattn.allocator.errors import OutOfPages, OutOfRange
+from vattn.allocator.errors import ClosedError, OutOfPages, OutOfRange
 from vattn.heads import HeadCache, KeepError
-from vattn.heads_order import reorder
+from vattn.heads_order import reorder, selected
 from vattn.kernels import stream
 from vattn.kernels.compact import as_rows
 from vattn.kernels.contract import EMPTY
@@ -53,7 +53,7 @@ class Mirror:
 
     def check(self) -> None:
         cache = self.cache
-        cache.cache.check()
+        cache.ranges.check_laws()
         kv, positions = cache.kv(self.layer), cache.positions(self.layer)
         lengths = cache.lengths(self.layer)
         assert cache.tokens[self.layer].tolist() == self.tokens
@@ -80,10 +80,11 @@ class Mirror:
         return out
 
 
-@pytest.fixture
-def cache():
+@pytest.fixture(params=[1, HEADS], ids=["a head a range", "all heads"])
+def cache(request: pytest.FixtureRequest):
     fresh_seed()
-    with HeadCache(2, HEADS, DIM, 512, batch=BATCH, dtype="float32") as cache:
+    each = {"heads_per_range": request.param}
+    with HeadCache(2, HEADS, DIM, 512, batch=BATCH, dtype="float32", **each) as cache:
         yield cache
 
 
@@ -348,3 +349,98 @@ def test_a_budget_that_does_not_reach_changes_nothing():
         assert cache.tokens[0].tolist() == [512]
         cache.append(0, *torch.randn(2, 1, 2, 100, 64).unbind(0))
         assert cache.positions(0)[0, 0].tolist() == list(range(612))
+
+
+@pytest.mark.parametrize(("dim", "page"), [(20, 4096), (16, 8192), (80, 4096)])
+@pytest.mark.parametrize("way", ["loops", "torch"])
+@pytest.mark.parametrize("each", [2, 4])
+def test_ranges_of_several_heads_hold_what_those_of_one_hold(
+    each: int, way: str, dim: int, page: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever happens to them: the same rows, results of the same bits, and a twin of each."""
+    fresh_seed()
+    if way == "torch":
+        monkeypatch.setattr(stream, "available", lambda: "not wanted")
+    options = {"batch": 2, "page_bytes": page}
+    with (
+        HeadCache(2, 4, dim, 600, **options) as one,
+        HeadCache(2, 4, dim, 600, heads_per_range=each, **options) as several,
+    ):
+        pair = (one, several)
+
+        def do(act) -> None:
+            found = [act(heads) for heads in pair]
+            several.ranges.check_laws()
+            for layer in range(2):
+                same(one, several, layer)
+            if isinstance(found[0], tuple):
+                assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+        for step in range(6):
+            layer, n = step % 2, (70, 1, 33, 1, 1, 2)[step]
+            k, v = torch.randn(2, 2, 4, n, dim).to(torch.bfloat16).unbind(0)
+            counts = np.array([n, max(1, n - 5)])
+            do(lambda heads, layer=layer, k=k, v=v, c=counts: heads.append(layer, k, v, c))
+            longest = int(one.lengths(layer).max())
+            mask = torch.rand(2, 4, longest) < 0.7
+            mask &= torch.arange(longest) < one.counts(layer)[..., None]
+            mask[..., 0] = True
+            if step % 3:
+                do(lambda heads, layer=layer, mask=mask: heads.keep(layer, *as_rows(mask)))
+            k, v = torch.randn(2, 2, 4, 1, dim).to(torch.bfloat16).unbind(0)
+            do(lambda heads, layer=layer, k=k, v=v: heads.append(layer, k, v))
+            query = torch.randn(2, 8, 1, dim).to(torch.bfloat16)
+            do(lambda heads, layer=layer, query=query: heads.attend_logits(query, layer))
+            gone = torch.randint(-1, 5, (2, 4)).clamp_max(one.counts(layer) - 1)
+            do(lambda heads, layer=layer, gone=gone: heads.forget_one(layer, gone))
+        do(lambda heads: reorder(heads, [1, 1]))
+        do(lambda heads: heads.crop(0, 1))
+        with selected(one, [1, 0, 1]) as a, selected(several, [1, 0, 1]) as b:
+            assert b.ranges.heads == each
+            b.ranges.check_laws()
+            for layer in range(2):
+                same(a, b, layer)
+        do(HeadCache.release)
+        do(lambda heads: heads.clear(1))
+
+
+def same(a: HeadCache, b: HeadCache, layer: int) -> None:
+    """Both hold the same."""
+    assert (a.lengths(layer) == b.lengths(layer)).all()
+    for (i, h), count in np.ndenumerate(a.lengths(layer)):
+        assert torch.equal(a.positions(layer)[i, h, :count], b.positions(layer)[i, h, :count])
+    x, y = a.kv(layer), b.kv(layer)
+    for m, n, count in zip(x.slots.tolist(), y.slots.tolist(), x.lengths.tolist(), strict=True):
+        assert torch.equal(x.key[m, 0, :count], y.key[n, 0, :count])
+        assert torch.equal(x.value[m, 0, :count], y.value[n, 0, :count])
+
+
+def test_pages_of_a_device_come_back_where_heads_share_them():
+    """2 MiB: 8,192 rows of a head, or 1,024 tokens of eight heads."""
+    held = {}
+    for each in (1, 8):
+        with HeadCache(2, 8, 128, 4096, heads_per_range=each, page_bytes=2 << 20) as heads:
+            keep = torch.zeros(1, 8, 4096, dtype=torch.bool)
+            keep[..., ::4] = True
+            for layer in range(2):
+                rows = torch.zeros(1, 8, 4096, 128, dtype=torch.bfloat16)
+                heads.append(layer, rows, rows)
+                heads.keep(layer, *as_rows(keep))
+            heads.release()
+            held[each] = heads.stats().mapped_bytes
+    assert held == {1: 64 << 20, 8: 8 << 20}, "bytes, of 32 MiB that dense pages would take"
+
+
+def test_ranges_refuse_what_does_not_fit():
+    with pytest.raises(LayoutError, match="heads_per_range is 3: must divide the 8 KV heads"):
+        HeadCache(1, 8, 16, 64, heads_per_range=3)
+    heads = HeadCache(1, 2, 16, 64, dtype="float32", heads_per_range=2)
+    query = torch.randn(1, 2, 1, 16, requires_grad=True)
+    heads.append(0, query.detach(), query.detach())
+    with pytest.raises(LayoutError, match="no gradients"):
+        heads.attend_lse(query, 0)
+    heads.close()
+    for touch in (heads.kv, heads.rows, lambda layer: heads.attend_lse(query.detach(), layer)):
+        with pytest.raises(ClosedError, match="make a new"):
+            touch(0)
+    assert heads.lengths(0).tolist() == [[1, 1]]

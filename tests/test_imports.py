@@ -40,7 +40,7 @@ ROWS = [
         "narrow_attention",
     }
     | {"lorc"},
-    {"records", "tiers", "tiers_pages", "narrow"},
+    {"records", "tiers", "tiers_pages", "narrow", "ranges"},
     {"prefix", "cache"},
     {
         "batch",

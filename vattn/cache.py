@@ -431,6 +431,26 @@ class KVCache:
         """
         self._frontiers.commit(self.batch(sequences).slots, self._which(layer), tokens)
 
+    def make_writable(self, sequences: Seq[Sequence] | Batch, first: Ints, ends: Ints) -> None:
+        """Map the rows ``first .. ends`` of each sequence and make them its own, in every layer: to
+        be written through `reserved`, and counted by `hold`. No ``ends`` lies before the tokens
+        that there are.
+
+        Raises:
+            OutOfPages, OutOfRange, MapLimitError, DriverError: no row has changed.
+        """
+        self._check_open()
+        self._frontiers.make_writable(self.batch(sequences), first, ends - first)
+
+    def hold(self, sequences: Seq[Sequence] | Batch, ends: Ints) -> None:
+        """Count ``ends`` rows of each sequence, in every layer: those that were written after
+        `make_writable`.
+
+        Raises:
+            OutOfRange: rows that are not mapped.
+        """
+        self._frontiers.hold(self.batch(sequences), ends)
+
     def release_before(self, sequence: Sequence, layer: int, token: int) -> None:
         """Tokens before ``token`` of this layer will not be read again (sliding window). Whole
         pages go back at a later `advance`, never under a live view.

@@ -1,18 +1,13 @@
 """K and V of which every KV head of every layer keeps tokens of its own: what eviction works on.
 
-    one range for each (layer, sequence, head), all in one `KVCache` of a single layer and head:
-
-    slot  (layer * batch + sequence) * kv_heads + head
     rows  0 ....... counts      0 ....... counts      0 ....... counts       any counts, no padding
           │ kept │ new │        │  kept    │ new │    │ k │ new │
 
-Kernels see a batch of ``batch * kv_heads`` sequences with one KV head each: nothing of them has to
-know about eviction. `keep` closes the gaps and gives the pages behind back; the addresses stay.
-Beside K and V lies for each row where its token stood in the text (``positions``), and whatever
-else a policy tracks (`Track`): what is kept of K is kept of these.
-
-On a device a page is 2 MiB, 8,192 rows of 128 numbers in bfloat16: what is shorter returns nothing
-there, and takes two pages a head and layer. Ranges of several heads are not there yet.
+The rows lie in `Ranges`, of one head each or of several. Kernels see a batch of ``batch *
+kv_heads`` sequences with one KV head each: nothing of them has to know about eviction. `keep`
+closes the gaps and gives the pages behind back; the addresses stay. Beside K and V lies for each
+row where its token stood in the text (``positions``), and whatever else a policy tracks (`Track`):
+what is kept of K is kept of these.
 """
 
 from __future__ import annotations
@@ -26,15 +21,16 @@ from torch import Tensor
 from . import heads_attention as attention
 from .allocator.errors import VattnError
 from .allocator.pool import Pool
-from .batch import Batch, Ints
-from .cache import ALL, CopyRefused, KVCache
+from .batch import Ints
+from .cache import ALL, CopyRefused
+from .device import place_of
 from .kernels import stream
 from .kernels.compact import as_rows, compact
 from .kernels.evict import fill
 from .kernels.kv import KV
 from .layout import Layout, LayoutError
 from .narrow import NarrowRows, check_masks
-from .sequence import View
+from .ranges import Ranges
 from .track import Track
 from .usage import Usage
 
@@ -46,13 +42,16 @@ class KeepError(VattnError, ValueError):
 
 
 class HeadCache:
-    """K and V of a batch of sequences, a range for each KV head of each layer.
+    """K and V of a batch of sequences, of which each KV head of each layer holds its own tokens.
 
     Args:
         layers, kv_heads, head_dim: of the model.
-        max_tokens: most rows of a range; address space only.
+        max_tokens: most rows of a head; address space only.
         batch: sequences.
         dtype, page_bytes: see `Layout`.
+        heads_per_range: KV heads whose rows share pages: these are as many as the longest of them
+            needs. By default 1 on the host, where pages are small, and all on a device, whose pages
+            of 2 MiB hold 8,192 rows of one head of 128 numbers in bfloat16.
         device, budget_bytes, pool: see `KVCache`.
 
     Raises:
@@ -69,6 +68,7 @@ class HeadCache:
         batch: int = 1,
         dtype: str = "bfloat16",
         page_bytes: int | None = None,
+        heads_per_range: int | None = None,
         device: str | torch.device | None = None,
         budget_bytes: int | None = None,
         pool: Pool | None = None,
@@ -77,38 +77,29 @@ class HeadCache:
             if not isinstance(value, int) or value < 1:
                 raise LayoutError(f"{name} must be a positive int, got {value!r}")
         self.layers, self.kv_heads, self.batch = layers, kv_heads, batch
-        layout = Layout(1, 1, head_dim, max_tokens, dtype=dtype, page_bytes=page_bytes)
-        self.cache = KVCache(
-            layout,
-            slots=layers * batch * kv_heads,
-            device=device,
-            budget_bytes=budget_bytes,
-            pool=pool,
-        )
+        if heads_per_range is None:
+            heads_per_range = kv_heads if place_of(device, pool).type == "cuda" else 1
+        if pool is not None and page_bytes is None:
+            page_bytes = pool.page_bytes
+        layout = Layout(
+            1, heads_per_range, head_dim, max_tokens,
+            dtype=dtype, rows="token_major", page_bytes=page_bytes,
+        )  # fmt: skip
+        self.ranges = Ranges(
+            (layers, batch, kv_heads), layout,
+            device=device, budget_bytes=budget_bytes, pool=pool,
+        )  # fmt: skip
+        self.cache = self.ranges.cache
         self.layout, self.device, self.dtype = layout, self.cache.device, self.cache.dtype
-        many = batch * kv_heads
-        try:
-            every = self.cache.open_batch(layers * many)
-            self._ranges = [
-                self.cache.batch(every[at : at + many]) for at in range(0, len(every), many)
-            ]
-            self._key, self._value = self.cache.reserved(0)
-        except BaseException:
-            self.cache.close()
-            raise
         self.tracks: list[dict[str, Track]] = [{} for _ in range(layers)]
         self.tokens = np.zeros((layers, batch), np.int64)  # seen, kept or not
         self.narrowed: NarrowRows | None = None  # see `narrow`
-        self._places = self._addresses()
-        slots = np.array([ranges.slots for ranges in self._ranges])
-        self._slots = torch.from_numpy(slots).to(self.device).view(layers, batch, kv_heads)
 
     # ---- what there is -------------------------------------------------------------------------
     def lengths(self, layer: int) -> Ints:
-        """Rows that each range of a layer holds, [batch, kv_heads], but for narrow ones: those that
+        """Rows that each head of a layer holds, [batch, kv_heads], but for narrow ones: those that
         an evictor chooses among."""
-        held = self.cache.lengths[self._of(layer).pick, 0].copy()
-        return held.reshape(self.batch, self.kv_heads)
+        return self.ranges.lengths(layer).copy()
 
     def held(self, layer: int) -> Ints:
         """Tokens that each KV head of a layer holds, narrow rows among them, [batch, kv_heads]."""
@@ -144,10 +135,9 @@ class HeadCache:
         return self.track(layer, WEIGHTS) if WEIGHTS in self.tracks[layer] else None
 
     def kv(self, layer: int) -> KV:
-        """The ranges of a layer as kernels see them: batch * kv_heads sequences of one KV head. For
-        use within one call."""
-        lengths = self.counts(layer).flatten()
-        return KV(self._key, self._value, lengths, slots=self._slots[layer].flatten())
+        """A layer as kernels see it: batch * kv_heads sequences of one KV head. For use within one
+        call."""
+        return self.ranges.kv(layer)
 
     def stats(self) -> Usage:
         """See `KVCache.stats`; narrow rows are counted."""
@@ -163,27 +153,17 @@ class HeadCache:
             LayoutError, OutOfRange, OutOfPages, MapLimitError, DriverError: as `KVCache.append`;
             no range has changed.
         """
-        ranges = self._of(layer)
         if k.dim() != 4 or k.shape[:2] != (self.batch, self.kv_heads) or v.shape != k.shape:
             raise LayoutError(
                 f"k and v must be [{self.batch}, {self.kv_heads}, n, {self.layout.head_dim}], got "
                 f"{tuple(k.shape)} and {tuple(v.shape)}"
             )
-        new = k.shape[2]
-        before = self.counts(layer)
+        new, before = k.shape[2], self.counts(layer)
         added = np.full(self.batch, new) if counts is None else np.asarray(counts)
         wrong = added.shape != (self.batch,) or added.dtype.kind not in "iu"
         if wrong or added.min() < 0 or added.max() > new:
             raise LayoutError(f"counts must be {self.batch} ints from 0 to {new}, got {counts}")
-        if bool((added == new).all()):
-            self.cache.append(0, k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], ranges)
-        else:
-            keys, values = (
-                torch.cat([x[b, :, new - n :].flatten(0, 1) for b, n in enumerate(added.tolist())])
-                for x in (k, v)
-            )
-            each = np.repeat(added, self.kv_heads).tolist()
-            self.cache.append(0, keys[None], values[None], ranges, counts=each)
+        self.ranges.append(layer, k, v, added)
         positions, at = self.positions(layer), torch.arange(new, device=self.device)
         even = [(slice(None), new)]
         uneven = [(slice(b, b + 1), n) for b, n in enumerate(added.tolist())]
@@ -236,17 +216,13 @@ class HeadCache:
             raise LayoutError(
                 f"query is {query.dtype} on {query.device}, the cache {self.dtype} on {self.device}"
             )
+        if query.requires_grad and torch.is_grad_enabled():
+            raise LayoutError("a HeadCache has no gradients: call it under torch.no_grad()")
         return query.unflatten(1, (self.kv_heads, -1)).flatten(0, 1)
 
     def rows(self, layer: int) -> stream.Rows:
-        """The ranges of a layer as the stream kernel takes them. For use within one call."""
-        slots, (k, v) = self._of(layer).slots, self._places
-        lengths = self.cache.lengths[slots, 0]
-        return stream.Rows(k[slots], v[slots], lengths, 1, 0, self.layout.row_bytes, keep=self)
-
-    def view(self, layer: int) -> View:
-        """The ranges of a layer as `ragged` takes them."""
-        return self.cache.view(self._of(layer).sequences)
+        """A layer as the stream kernel takes it. For use within one call."""
+        return self.ranges.rows(layer)
 
     def narrow_rows(self, layer: int) -> NarrowRows | None:
         """The narrow rows, where this layer has any."""
@@ -255,7 +231,7 @@ class HeadCache:
 
     def check_last(self, layer: int, queries: int) -> None:
         """Raise LayoutError unless every range holds as many rows as there are queries."""
-        shortest = int(self.lengths(layer).min())
+        shortest = int(np.minimum.reduce(self.ranges.lengths(layer), axis=None))
         if shortest < queries:
             raise LayoutError(
                 f"a range of layer {layer} holds {shortest} rows: fewer than the {queries} "
@@ -272,8 +248,7 @@ class HeadCache:
             KeepError: rows that do not ascend or are not there. OutOfPages, MapLimitError,
             DriverError: a shared page cannot be copied. Nothing has changed.
         """
-        ranges = self._of(layer)
-        self.cache.unshare(ranges)
+        self.ranges.unshare(layer)
         try:
             compact(self.kv(layer), rows.flatten(0, 1)[:, None], counts.view(-1, 1))
         except ValueError as error:
@@ -283,7 +258,7 @@ class HeadCache:
             track.get(longest)
             track.keep(rows.clamp(0, max(0, longest - 1)))
             track.clear_behind(counts)
-        self.cache.truncate_batch(ranges, counts.flatten().cpu().numpy())
+        self.ranges.cut(layer, counts.cpu().numpy())
 
     def narrow(self, layer: int, keep: Tensor, old: Tensor, channels: Tensor) -> None:
         """`keep` the rows of a mask [batch, kv_heads, n], those of ``old`` as narrow rows: of K
@@ -337,9 +312,9 @@ class HeadCache:
             raise KeepError(f"layer {layer} has narrow rows: none can stand for several tokens")
         inside = torch.arange(rows.shape[2], device=self.device) < counts[..., None]
         sequence, head, row = inside.nonzero().T
-        slots, source = self._slots[layer, sequence, head], rows[sequence, head, row]
-        for side, new in ((self._key, k), (self._value, v)):
-            side[slots, 0, row] = new[sequence, head, source].to(self.dtype)
+        units, source = self.ranges.units(layer)[sequence, head], rows[sequence, head, row]
+        for side, new in ((self.ranges.key, k), (self.ranges.value, v)):
+            side[units, 0, row] = new[sequence, head, source].to(self.dtype)
         if logs is not None:
             self.track(layer, WEIGHTS).copy_(logs.gather(2, rows).masked_fill(~inside, 0.0))
 
@@ -350,7 +325,7 @@ class HeadCache:
         Raises:
             KeepError: a range holds no such row. Otherwise as `forget`.
         """
-        ranges, lengths = self._of(layer), self.lengths(layer)
+        ranges, lengths = self.ranges, self.ranges.lengths(layer)
         found = np.zeros_like(lengths) if trusted else rows.cpu().numpy()
         wrong = found.dtype != np.int64 or found.shape != lengths.shape
         if wrong or ((found < -1) | (found >= lengths)).any():
@@ -362,14 +337,14 @@ class HeadCache:
             at = torch.arange(int(lengths.max()), device=self.device)
             self.forget(layer, at == rows[..., None])
             return
-        self.cache.unshare(ranges)
-        slots, last = self._slots[layer], self.counts(layer) - 1
-        for side in (self._key[:, 0], self._value[:, 0]):
-            fill(side, slots, rows, last)
+        ranges.unshare(layer)
+        units, last = ranges.units(layer), self.counts(layer) - 1
+        for side in (ranges.key[:, 0], ranges.value[:, 0]):
+            fill(side, units, rows, last)
         for track in self.tracks[layer].values():
             track.get(int(lengths.max()))
             track.swap(rows, last)
-        self.cache.truncate_batch(ranges, (lengths - (found >= 0)).ravel())
+        ranges.cut(layer, lengths - (found >= 0))
 
     def forget(self, layer: int, drop: Tensor) -> None:
         """Drop the rows of a mask [batch, kv_heads, n]: the last rows take their places. What a
@@ -393,16 +368,16 @@ class HeadCache:
         # As many rows stay behind the new end as go before it; both in ascending order.
         stays = ~drop & (at >= left[..., None]) & (at < counts[..., None])
         sequence, head, row = (drop & (at < left[..., None])).nonzero().T
-        source, ranges = stays.nonzero()[:, 2], self._of(layer)
-        self.cache.unshare(ranges)
-        slots = self._slots[layer, sequence, head]
-        for side in (self._key, self._value):
-            side[slots, 0, row] = side[slots, 0, source]
+        source = stays.nonzero()[:, 2]
+        self.ranges.unshare(layer)
+        units = self.ranges.units(layer)[sequence, head]
+        for side in (self.ranges.key, self.ranges.value):
+            side[units, 0, row] = side[units, 0, source]
         for track in self.tracks[layer].values():
             track.get(drop.shape[2])
             track.move(sequence, head, row, source)
             track.clear_behind(left)
-        self.cache.truncate_batch(ranges, left.flatten().cpu().numpy())
+        self.ranges.cut(layer, left.cpu().numpy())
 
     def crop(self, layer: int, tokens: int) -> None:
         """Forget the last ``tokens`` tokens of the text (speculative rollback), those of them that
@@ -433,8 +408,7 @@ class HeadCache:
 
     def clear(self, layer: int) -> None:
         """Forget a layer's rows."""
-        ranges = self._of(layer)
-        self.cache.truncate_batch(ranges, np.zeros(len(ranges.slots), np.int64))
+        self.ranges.cut(layer, np.zeros((self.batch, self.kv_heads), np.int64))
         self.tracks[layer].clear()
         self.tokens[layer] = 0
         if self.narrowed is not None:
@@ -466,18 +440,3 @@ class HeadCache:
         raise CopyRefused(
             "a HeadCache cannot be copied or pickled: its rows are mapped memory of this process"
         )
-
-    # ---- inside --------------------------------------------------------------------------------
-    def _of(self, layer: int) -> Batch:
-        if not 0 <= layer < self.layers:
-            raise LayoutError(f"layer {layer} does not exist: the cache has {self.layers} layers")
-        return self.cache.batch(self._ranges[layer])
-
-    def _addresses(self) -> tuple[Ints, Ints]:
-        """Where K and V of each slot begin."""
-        slots = np.arange(self.cache.slots, dtype=np.int64)
-        k, v = (
-            side.data_ptr() + slots * side.stride(0) * side.element_size()
-            for side in (self._key, self._value)
-        )
-        return k, v

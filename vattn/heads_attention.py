@@ -4,7 +4,7 @@ The ranges of a layer are sequences of one KV head: rows of a query here are [ra
 
     weights      rows that stand for several tokens: every row is chosen, its log joins the score
     narrow rows  see `narrow_attention`
-    others       the stream kernel on a CPU, Triton's on a device; elsewhere `ragged`
+    others       the stream kernel on a CPU, Triton's on a device; elsewhere torch's, head by head
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import narrow_attention, ragged
+from . import narrow_attention
 from .kernels import score, sparse, stream
 from .kernels.contract import EMPTY, plain_rows
 from .kernels.index import Index
@@ -39,7 +39,8 @@ def attend_lse(heads: HeadCache, rows: Tensor, layer: int, scale: float | None) 
         return narrow_attention.attend_lse(rows, heads.kv(layer), narrow, layer, scale)
     if streams(rows):
         return streamed(heads, rows, layer, scale)
-    return ragged.attend_lse(rows, heads.view(layer), 0, scale=scale)
+    heads.check_last(layer, rows.shape[2])
+    return narrow_attention.read(rows, heads.kv(layer), scale)
 
 
 def attend_logits(

@@ -6,9 +6,6 @@ selected    another HeadCache with sequences of its own: rows are copied
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-
 from .heads import HeadCache
 from .narrow import NarrowRows
 from .track import Track
@@ -20,11 +17,10 @@ def reorder(heads: HeadCache, order: list[int]) -> None:
     Raises:
         OutOfPages, MapLimitError, DriverError: as `KVCache.reorder`; nothing has changed.
     """
-    every, narrowed = heads.cache.sequences, heads.narrowed
+    narrowed = heads.narrowed
     table = None if narrowed is None else narrowed.share(order)
-    slots = np.arange(len(every)).reshape(heads.layers, heads.batch, heads.kv_heads)
     try:
-        heads.cache.reorder(every, slots[:, order].ravel().tolist())
+        heads.ranges.reorder(order)
     except BaseException:
         if narrowed is not None and table is not None:
             narrowed.unshare(table)
@@ -51,6 +47,7 @@ def selected(heads: HeadCache, order: list[int]) -> HeadCache:
         batch=len(order),
         dtype=layout.dtype,
         page_bytes=layout.page,
+        heads_per_range=layout.kv_heads,
         pool=heads.cache.pool,
     )
     try:
@@ -67,18 +64,7 @@ def selected(heads: HeadCache, order: list[int]) -> HeadCache:
 
 
 def _copy(heads: HeadCache, twin: HeadCache, layer: int, order: list[int]) -> None:
-    lengths = heads.lengths(layer)[order]
-    if lengths.any():
-        source, target = heads.kv(layer), twin.cache.sequences
-        assert source.slots is not None
-        slots = source.slots.view(heads.batch, heads.kv_heads)[order].flatten().tolist()
-        counts = lengths.ravel().tolist()
-        k, v = (
-            torch.cat([side[slot, :, :count] for slot, count in zip(slots, counts, strict=True)], 1)
-            for side in (source.key, source.value)
-        )
-        first = layer * len(slots)
-        twin.cache.append(0, k, v, target[first : first + len(slots)], counts=counts)
+    twin.ranges.copy_of(heads.ranges, layer, order)
     twin.tokens[layer] = heads.tokens[layer, order]
     twin.tracks[layer] = _tracks(heads, layer, order)
 

@@ -61,9 +61,7 @@ class PressStore(HeadStore):
         heads, tokens = self.heads, self.seen[layer]
         shape = (heads.batch, heads.kv_heads)
         if not self._ragged(layer):
-            many = heads.batch * heads.kv_heads
-            slots = list(range(layer * many, (layer + 1) * many))
-            return heads.cache.tensor(slots, 0, side)[:, 0].unflatten(0, shape)
+            return heads.ranges.view(layer, side, int(heads.ranges.lengths(layer).max()))
         counts, positions, kv = heads.counts(layer), heads.positions(layer), heads.kv(layer)
         at = torch.arange(positions.shape[2], device=heads.device)
         # Behind a range's rows positions mean nothing: these go to a place that is cut off.

@@ -164,6 +164,13 @@ class Lengths:
         self.lengths[slots, which] = lengths
         self.tokens[slots] = self.lengths[slots].max(axis=1)
 
+    def hold(self, batch: Batch, ends: Ints) -> None:
+        """See `KVCache.hold`."""
+        if np.logical_or.reduce(ends > self.room[batch.pick]):
+            raise OutOfRange(f"rows up to {ends.tolist()} are not mapped: make_writable() first")
+        self.lengths[batch.pick] = ends[:, None]
+        self.tokens[batch.pick] = ends
+
     def truncate(self, batch: Batch, which: slice, tokens: Ints) -> None:
         """See `KVCache.truncate` and `truncate_batch`."""
         pick = batch.pick

@@ -22,6 +22,7 @@ from .kernels.kv import KV, MOST_TOKENS
 from .kernels.merge import merge
 from .kernels.scores import Scores
 from .narrow import NarrowRows
+from .sdpa_gpu import over_lanes
 
 
 def attend_lse(
@@ -35,7 +36,7 @@ def attend_lse(
     elif query.is_cuda and query.shape[2] <= MOST_TOKENS:
         parts = launched(query, kv, narrow, layer, factor)
     else:
-        return _read(query, rebuilt(kv, narrow, layer), factor)
+        return read(query, rebuilt(kv, narrow, layer), factor)
     outs, lses = (torch.stack(pair) for pair in zip(*parts, strict=True))
     out, lse = merge(outs, lses)
     return out.to(query.dtype), lse
@@ -90,24 +91,17 @@ def launched(
     return parts
 
 
-def _read(query: Tensor, kv: KV, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend causally to the rows of a copy."""
-    if query.is_cuda:
-        from .kernels.prefill import prefill_lse
-
-        return prefill_lse(plain_rows(query), kv, Scores(scale=scale, causal="bottom_right"))
+def read(query: Tensor, kv: KV, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Attend causally to ranges: by Triton's kernels on a device, by torch's elsewhere."""
     query = plain_rows(query.resolve_neg())
     assert kv.lengths is not None
-    parts = [
-        ragged.attend_one(
-            query[i : i + 1],
-            kv.key[i : i + 1, :, :count],
-            kv.value[i : i + 1, :, :count],
-            scale,
-            None,
-        )
-        for i, count in enumerate(kv.lengths.tolist())
-    ]
+    if query.is_cuda:
+        lengths, slots = kv.lengths, kv.slots
+        return over_lanes(query, kv.key, kv.value, lengths, None, slots, scale, None)
+    parts = []
+    for i, (slot, count) in enumerate(zip(_slots(kv), kv.lengths.tolist(), strict=True)):
+        key, value = (side[slot, None, :, :count] for side in (kv.key, kv.value))
+        parts.append(ragged.attend_one(query[i : i + 1], key, value, scale, None))
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
@@ -143,5 +137,5 @@ def _places(kv: KV) -> stream.Rows:
 
 
 def _slots(kv: KV) -> list[int]:
-    assert kv.slots is not None
-    return [int(slot) for slot in kv.slots.tolist()]
+    slots: list[int] = list(range(kv.batch)) if kv.slots is None else kv.slots.tolist()
+    return slots
