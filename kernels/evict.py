@@ -18,7 +18,10 @@ that move.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -95,22 +98,39 @@ def reference(
     return oldest.where(lowest == torch.inf, found)
 
 
-def fill(side: Tensor, slots: Tensor, rows: Tensor, last: Tensor, *, clear: bool = False) -> None:
-    """Move one row of each of ``slots`` [B, H] of a side [N, S, D], elements of a row side by
-    side; ``clear``: and leave zeros at ``last``."""
-    code = _loops(side)
+class Side(NamedTuple):
+    """Lines of rows that `fill` moves in: [N, S, D], elements of a row side by side, of which
+    ``slots`` [B, H] say where each head's lie; ``clear``: the row moved leaves zeros."""
+
+    lines: Tensor
+    slots: Tensor
+    clear: bool = False
+
+
+def fill(sides: Sequence[Side], rows: Tensor, last: Tensor) -> None:
+    """Move one row of each head of every side."""
+    code = _loops(rows)
     if code is None:
-        slots, some = slots.view(rows.shape), rows >= 0
-        moved = side[slots, last]
-        side[slots, rows.where(some, last)] = moved
-        if clear:
-            bits = moved.view(torch.uint8).masked_fill(some[..., None], 0)
-            side[slots, last] = bits.view(side.dtype)
+        for side in sides:
+            _fill(side, rows, last)
         return
-    given = [t.contiguous() for t in (slots, rows, last)]
-    slot, row = (step * side.itemsize for step in side.stride()[:2])
-    base, size = side.data_ptr(), side.shape[2] * side.itemsize
-    code.fill(slots.numel(), base, slot, row, size, *(t.data_ptr() for t in given), clear)
+    rows, last, words, slots = rows.contiguous(), last.contiguous(), array("q"), []
+    for lines, where, clear in sides:
+        slot, row, item = lines.stride(0), lines.stride(1), lines.itemsize
+        slots.append(where.contiguous())  # must outlive the call
+        words.extend((lines.data_ptr(), slot * item, row * item, lines.shape[2] * item))
+        words.extend((slots[-1].data_ptr(), clear))
+    code.fill(rows.numel(), len(sides), words.buffer_info()[0], rows.data_ptr(), last.data_ptr())
+
+
+def _fill(side: Side, rows: Tensor, last: Tensor) -> None:
+    """`fill` of a side in torch's operations."""
+    lines, slots, some = side.lines, side.slots.view(rows.shape), rows >= 0
+    moved = lines[slots, last]
+    lines[slots, rows.where(some, last)] = moved
+    if side.clear:
+        bits = moved.view(torch.uint8).masked_fill(some[..., None], 0)
+        lines[slots, last] = bits.view(lines.dtype)
 
 
 def scatter(rows: Tensor, places: NDArray[np.int64], size: int) -> None:

@@ -77,27 +77,24 @@ def compiled(sources: int) -> Any:
             write_integer(rows + 8 * i, found)
 
     @kept
-    def fill(
-        heads: int,
-        base: int,
-        slot: int,
-        row: int,
-        size: int,
-        slots: int,
-        rows: int,
-        last: int,
-        clear: bool,
-    ) -> None:
-        """See `evict.fill`."""
+    def fill(heads: int, sides: int, words: int, rows: int, last: int) -> None:
+        """See `evict.fill`; of each side: base, bytes of a slot, a row and what moves of it, slots,
+        and whether to clear."""
         if not sources:
             return
-        for i in range(heads):
-            line = base + v.integer(slots + 8 * i) * slot
-            target, source = v.integer(rows + 8 * i), v.integer(last + 8 * i)
-            if 0 <= target != source:
-                v.copy(line + target * row, line + source * row, size)
-            if clear and target >= 0:
-                v.clear(line + source * row, size)
+        for side in range(sides):
+            of = words + 48 * side
+            base, slot, row, size = (
+                v.integer(of), v.integer(of + 8), v.integer(of + 16), v.integer(of + 24),
+            )  # fmt: skip
+            slots, clear = v.integer(of + 32), v.integer(of + 40)
+            for i in range(heads):
+                line = base + v.integer(slots + 8 * i) * slot
+                target, source = v.integer(rows + 8 * i), v.integer(last + 8 * i)
+                if 0 <= target != source:
+                    v.copy(line + target * row, line + source * row, size)
+                if clear and target >= 0:
+                    v.clear(line + source * row, size)
 
     @kept
     def scatter(

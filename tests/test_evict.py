@@ -104,9 +104,9 @@ def test_the_last_row_takes_the_place(dim: int, dtype: torch.dtype, way: None) -
         if row >= 0:
             exact[slot, row] = exact[slot, end]
     twin = side.clone()
-    evict.fill(side, slots, rows, last)
+    evict.fill([evict.Side(side, slots)], rows, last)
     assert torch.equal(side.float(), exact)
-    evict.fill(twin, slots, rows, last, clear=True)
+    evict.fill([evict.Side(twin, slots, clear=True)], rows, last)
     exact[slots[rows >= 0], last[rows >= 0]] = 0
     assert torch.equal(twin.float(), exact)
 

@@ -408,7 +408,9 @@ class KVCache:
         """
         batch = self.batch(sequences)
         counts = self._frontiers.check_tokens(tokens, len(batch.slots))
-        self._truncate(batch, slice(None), np.broadcast_to(counts, len(batch.slots)))
+        if isinstance(counts, int):
+            counts = np.full(len(batch.slots), counts)
+        self._truncate(batch, slice(None), counts)
 
     def unshare(self, sequences: Seq[Sequence] | Batch) -> None:
         """Copy the pages that these sequences share with others: all rows may then be written.
@@ -417,8 +419,9 @@ class KVCache:
             OutOfPages, MapLimitError, DriverError: no row has changed.
         """
         batch = self.batch(sequences)
-        ends = self.tokens[batch.slots]
-        self._frontiers.unshare(batch, np.zeros_like(ends), ends)
+        if np.logical_or.reduce(self.arena.shared_to[batch.pick]):
+            ends = self.tokens[batch.slots]
+            self._frontiers.unshare(batch, np.zeros_like(ends), ends)
 
     def commit(
         self, sequences: Seq[Sequence] | Batch, tokens: int, layer: int | None = None

@@ -128,7 +128,7 @@ class Eviction:
         """
         new = k.shape[2] if k.dim() == 4 else 0
         added = np.full(self.heads.batch, new) if counts is None else np.asarray(counts)
-        padded = added.size and int(added.min()) < new
+        padded = counts is not None and added.size and int(added.min()) < new
         if padded and (int(added.min()) < 1 or not self._is_prompt(layer, new)):
             raise LayoutError(
                 f"counts are {added.tolist()} of {new} tokens: every sequence needs at least one, "

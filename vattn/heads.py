@@ -101,6 +101,10 @@ class HeadCache:
         an evictor chooses among."""
         return self.ranges.lengths(layer).copy()
 
+    def longest(self, layer: int) -> int:
+        """Rows of the longest head."""
+        return int(np.maximum.reduce(self.ranges.lengths(layer), axis=None))
+
     def held(self, layer: int) -> Ints:
         """Tokens that each KV head of a layer holds, narrow rows among them, [batch, kv_heads]."""
         lengths = self.lengths(layer)
@@ -123,7 +127,7 @@ class HeadCache:
         found = self.tracks[layer].get(name)
         if found is None:
             found = self.tracks[layer][name] = Track(self.batch, self.kv_heads, dtype, self.device)
-        return found.get(int(self.lengths(layer).max()))
+        return found.get(self.longest(layer))
 
     def positions(self, layer: int) -> Tensor:
         """Where the token of each row stood in its text, [batch, kv_heads, n] int64, from 0 on; any
@@ -159,19 +163,24 @@ class HeadCache:
                 f"{tuple(k.shape)} and {tuple(v.shape)}"
             )
         new, before = k.shape[2], self.counts(layer)
-        added = np.full(self.batch, new) if counts is None else np.asarray(counts)
-        wrong = added.shape != (self.batch,) or added.dtype.kind not in "iu"
-        if wrong or added.min() < 0 or added.max() > new:
-            raise LayoutError(f"counts must be {self.batch} ints from 0 to {new}, got {counts}")
+        added = None if counts is None else self._added(counts, new)
         self.ranges.append(layer, k, v, added)
         positions, at = self.positions(layer), torch.arange(new, device=self.device)
         even = [(slice(None), new)]
-        uneven = [(slice(b, b + 1), n) for b, n in enumerate(added.tolist())]
-        for some, n in even if bool((added == new).all()) else uneven:
+        uneven = [] if added is None else [(slice(b, b + 1), n) for b, n in enumerate(added)]
+        for some, n in uneven or even:
             start = torch.from_numpy(self.tokens[layer, some]).to(self.device)[:, None, None]
             rows = before[some][..., None] + at[:n]
             positions[some].scatter_(2, rows, (start + at[:n]).expand_as(rows))
-        self.tokens[layer] += added
+        self.tokens[layer] += new if added is None else added
+
+    def _added(self, counts: Ints, new: int) -> Ints | None:
+        """New tokens of each sequence; None where all get ``new``."""
+        added = np.asarray(counts)
+        wrong = added.shape != (self.batch,) or added.dtype.kind not in "iu"
+        if wrong or added.min() < 0 or added.max() > new:
+            raise LayoutError(f"counts must be {self.batch} ints from 0 to {new}, got {counts}")
+        return None if added.min() == new else added
 
     # ---- reading -------------------------------------------------------------------------------
     def attend_lse(
@@ -253,7 +262,7 @@ class HeadCache:
             compact(self.kv(layer), rows.flatten(0, 1)[:, None], counts.view(-1, 1))
         except ValueError as error:
             raise KeepError(str(error)) from error
-        longest = int(self.lengths(layer).max())
+        longest = self.longest(layer)
         for track in self.tracks[layer].values():
             track.get(longest)
             track.keep(rows.clamp(0, max(0, longest - 1)))
@@ -338,12 +347,9 @@ class HeadCache:
             self.forget(layer, at == rows[..., None])
             return
         ranges.unshare(layer)
-        units, last = ranges.units(layer), self.counts(layer) - 1
-        for side in (ranges.key[:, 0], ranges.value[:, 0]):
-            fill(side, units, rows, last)
-        for track in self.tracks[layer].values():
-            track.get(int(lengths.max()))
-            track.swap(rows, last)
+        longest, last = self.longest(layer), torch.from_numpy(lengths - 1).to(self.device)
+        tracks = [track.side(longest) for track in self.tracks[layer].values()]
+        fill([*ranges.sides(layer), *tracks], rows, last)
         ranges.cut(layer, lengths - (found >= 0))
 
     def forget(self, layer: int, drop: Tensor) -> None:

@@ -51,7 +51,7 @@ def attend_logits(
     launches = rows.is_cuda and rows.shape[2] <= MOST_TOKENS
     if several or not (streams(rows) or launches):
         return *attend_lse(heads, rows, layer, scale), logits(heads, rows, layer, scale)
-    shape = len(rows), 1, rows.shape[1] * rows.shape[2], int(heads.lengths(layer).max())
+    shape = len(rows), 1, rows.shape[1] * rows.shape[2], heads.longest(layer)
     found = torch.empty(shape, dtype=torch.float32, device=rows.device)
     attend = streamed if streams(rows) else launched
     return *attend(heads, rows, layer, scale, found), found[:, 0]
@@ -59,7 +59,7 @@ def attend_logits(
 
 def logits(heads: HeadCache, rows: Tensor, layer: int, scale: float | None) -> Tensor:
     """See `HeadCache.logits`: [ranges, G * L, n]."""
-    kv, longest = heads.kv(layer), int(heads.lengths(layer).max())
+    kv, longest = heads.kv(layer), heads.longest(layer)
     assert kv.lengths is not None
     index = Index((kv.key,), kv.lengths, kv.slots)
     found, length = score.summaries(rows, index, longest, scale=scale)[:, 0], rows.shape[2]

@@ -28,8 +28,9 @@ from .allocator.pool import Pool
 from .batch import Batch, Ints
 from .cache import KVCache
 from .device import cannot_launch
-from .kernels import evict, stream
+from .kernels import stream
 from .kernels.contract import plain_rows
+from .kernels.evict import Side, scatter
 from .kernels.kv import KV
 from .layout import Layout, LayoutError
 
@@ -91,6 +92,7 @@ class Ranges:
                 )
                 for side in self._sides
             )  # fmt: skip
+            self._lines = self.key[:, 0], self.value[:, 0]
         step_bytes = each * layout.item_bytes
         self._places = [side.data_ptr() + self._units * step_bytes for side in self._sides]
 
@@ -136,9 +138,9 @@ class Ranges:
         return found.unflatten(0, (self.batch, self.groups)).flatten(1, 2)
 
     # ---- writing -------------------------------------------------------------------------------
-    def append(self, layer: int, k: Tensor, v: Tensor, added: Ints) -> None:
-        """Write the last ``added`` [batch] of rows k and v [batch, kv_heads, n, head_dim] behind
-        those of each head.
+    def append(self, layer: int, k: Tensor, v: Tensor, added: Ints | None = None) -> None:
+        """Write the last ``added`` [batch] of rows k and v [batch, kv_heads, n, head_dim], all by
+        default, behind those of each head.
 
         Raises:
             LayoutError, OutOfRange, OutOfPages, MapLimitError, DriverError: as `KVCache.append`;
@@ -147,11 +149,11 @@ class Ranges:
         n = k.shape[2]
         before = self.lengths(layer)
         self.check_rows(k, v, n)
-        ends = before + added[:, None]
+        ends = before + (n if added is None else added[:, None])
         self.reach(layer, before, ends)
         sides = ((self.key, k.detach()), (self.value, v.detach()))
         low = before.item(0)
-        if bool((added != n).any()):
+        if added is not None:
             self._write_each(layer, before, added, sides)
         elif bool((before == low).all()):
             batch = self._of(layer)
@@ -163,7 +165,7 @@ class Ranges:
         elif self.key.is_cuda and not cannot_launch(k):
             self._launch(layer, k, v)
         else:
-            self._write_each(layer, before, added, sides)
+            self._write_each(layer, before, np.full(self.batch, n), sides)
         self.hold(layer, ends)
 
     def copy_of(self, other: Ranges, layer: int, order: list[int]) -> None:
@@ -201,6 +203,10 @@ class Ranges:
     def unshare(self, layer: int) -> None:
         """See `KVCache.unshare`."""
         self.cache.unshare(self._of(layer))
+
+    def sides(self, layer: int) -> list[Side]:
+        """K and V as `kernels.evict.fill` moves rows in them."""
+        return [Side(lines, self._where[layer]) for lines in self._lines]
 
     def reorder(self, order: list[int]) -> None:
         """Sequence i gets what sequence ``order[i]`` holds: pages are remapped.
@@ -271,7 +277,7 @@ class Ranges:
         at = before * (self.row_step * self.layout.item_bytes)
         for place, (_, new) in zip(self._places, sides, strict=True):
             rows = plain_rows(new.resolve_neg())
-            evict.scatter(rows, np.ascontiguousarray(place[layer] + at), size)
+            scatter(rows, np.ascontiguousarray(place[layer] + at), size)
 
     def _launch(self, layer: int, k: Tensor, v: Tensor) -> None:
         """As many rows of every head, by one launch of `vattn.kernels.append`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.evict import fill
+from .kernels.evict import Side
 
 
 class Track:
@@ -38,10 +38,10 @@ class Track:
         """The number of row ``source`` goes to ``row``, of each sequence and head."""
         self._rows[sequence, head, row] = self._rows[sequence, head, source]
 
-    def swap(self, rows: Tensor, last: Tensor) -> None:
-        """The number of the ``last`` row [batch, kv_heads] goes to ``rows``; behind is 0."""
-        lines = self._rows.flatten(0, 1)[..., None]
-        fill(lines, self._lines, rows, last, clear=True)
+    def side(self, longest: int) -> Side:
+        """The numbers of ``longest`` rows, as `kernels.evict.fill` moves them."""
+        self.get(longest)
+        return Side(self._rows.flatten(0, 1)[..., None], self._lines, clear=True)
 
     def clear_behind(self, counts: Tensor) -> None:
         """Numbers of rows from ``counts`` [batch, kv_heads] on become 0."""
