@@ -7,9 +7,10 @@ of rows that were dropped. `ragged` is the same for policies whose heads or laye
 numbers of tokens, of all bytes of K and V, three quarters of which they drop. `narrow` is the share
 of all bytes that channels of K give back where every token stays. Queries and keys are drawn, with
 heads that look at few tokens and heads that look at many; policies are shown the last 64 queries.
-`page` has larger pages. `compaction` is what an eviction adds to a layer's prompt after the choice,
-closing the gaps and giving pages back, against attention of the same prompt alone, without
-projections and MLP: the strictest prefill there is. Both by the processor time of one thread.
+`page` has larger pages, and `shared` those of a device, 2 MiB, in ranges of all KV heads.
+`compaction` is what an eviction adds to a layer's prompt after the choice, closing the gaps and
+giving pages back, against attention of the same prompt alone, without projections and MLP: the
+strictest prefill there is. Both by the processor time of one thread.
 
 The gate of a figure: attention over what is left equals that of a float64 reference over all tokens
 with the dropped ones masked, to 1e-3, for each layer; and the pool has as many pages less.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ GRAIN = Grain(4, 32, 32)
 RAGGED = ("AdaKV", "PyramidKV", "CAKE", "KVzip")
 QUICK = ("RandomTokens", "Streaming", "SnapKV", "TOVA", "H2O, steps", "KeyDiff")
 CHANGES = {"Elastic", "Merging", "SubGen"}  # what they keep is not what it was: no masked reference
-PAGES = (64 << 10, 2 << 20)
+PAGES, DEVICE_PAGE = (64 << 10, 2 << 20), 2 << 20
 CLOSE = 1e-3
 KVPRESS = (
     "kvpress with AdaKV returns nothing: it masks what it drops with a fake key, and says that "
@@ -65,6 +66,8 @@ def run(
     for page in PAGES:
         label = f"freed/page/{page >> 10} KiB/SnapKV"
         returned(bench, label, drawn, "SnapKV", page, target=None)
+    label = f"freed/shared/{DEVICE_PAGE >> 10} KiB/SnapKV"
+    returned(bench, label, drawn, "SnapKV", DEVICE_PAGE, target=None, heads=KV_HEADS)
     ragged = [name for name in RAGGED if name in made and (not policies or name in policies)]
     for name in ragged:
         returned(bench, f"freed/ragged/{name}", drawn, name, ragged=True)
@@ -135,10 +138,12 @@ def returned(
     ragged: bool = False,
     narrow: bool = False,
     target: str | None = ">= 95",
+    heads: int = 1,
 ) -> None:
-    """One figure: the share of bytes that came back. ``narrow``: no token goes, and channels do."""
+    """One figure: the share of bytes that came back. ``narrow``: no token goes, and channels do;
+    ``heads`` of a range."""
     evictor = roster()[name](TOKENS if narrow else KEPT, GRAIN, drawn.facts())
-    freed = cache(partial(evicted, drawn, evictor, page_bytes, name not in CHANGES))
+    freed = cache(partial(evicted, drawn, evictor, page_bytes, name not in CHANGES, heads))
 
     def share() -> float:
         found = freed()
@@ -155,13 +160,17 @@ def returned(
         mapped_after=freed().after,
         dropped=freed().dropped,
         page_bytes=freed().page_bytes,
+        heads_per_range=heads,
         error=freed().apart if name not in CHANGES else None,
     )
 
 
-def evicted(drawn: Drawn, evictor: Evictor, page_bytes: int | None, compare: bool) -> Freed:
-    """Run a prompt under an evictor."""
-    with HeadCache(LAYERS, KV_HEADS, DIM, TOKENS + 1, page_bytes=page_bytes, device="cpu") as heads:
+def evicted(
+    drawn: Drawn, evictor: Evictor, page_bytes: int | None, compare: bool, each: int = 1
+) -> Freed:
+    """Run a prompt under an evictor, ``each`` heads a range."""
+    options: dict[str, Any] = {"page_bytes": page_bytes, "heads_per_range": each}
+    with HeadCache(LAYERS, KV_HEADS, DIM, TOKENS + 1, device="cpu", **options) as heads:
         eviction = Eviction(heads, evictor, drawn.outputs)
         for layer in range(LAYERS):
             eviction.append(layer, drawn.key[layer], drawn.value[layer])
