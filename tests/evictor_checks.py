@@ -13,6 +13,7 @@ from tests.evictor_cases import (
     Call,
     Run,
     Text,
+    any_ranges,
     assert_best,
     held,
     text,
@@ -86,7 +87,14 @@ def played(
     the prompt are padding, but for ``lengths[b]``."""
     batch, heads, tokens, dim = text.key[0].shape
     with HeadCache(
-        text.layers, heads, dim, tokens, batch=batch, dtype="float32", device="cpu"
+        text.layers,
+        heads,
+        dim,
+        tokens,
+        batch=batch,
+        dtype="float32",
+        device="cpu",
+        heads_per_range=any_ranges(heads),
     ) as cache:
         eviction = Eviction(cache, evictor, outputs)
         for start, stop in text.spans():
