@@ -77,7 +77,8 @@ def row(line: int, seen: int, total: int, square: int) -> Any:
         v.write(line + 4 * at, v.number(weight))
         whole += v.number(weight)
         mixed += v.number(v.mul(weight, below))
-    share = np.float32(1.0) / whole
+    # Scores that are all -inf have no weights; a division by zero would raise.
+    share = np.float32(1.0) / whole if whole != NOTHING else np.float32(np.nan)
     each = v.fill(share)
     for at in range(0, eights, 8):
         weight = v.mul(v.load(line + 4 * at), each)

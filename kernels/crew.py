@@ -50,15 +50,20 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """What a helping thread calls, and the memory that must outlive the call."""
+    """What a helping thread calls, the memory that must outlive the call, and what it raised."""
 
     run: Callable[[], object]
     alive: tuple[object, ...]
+    error: BaseException | None = None
 
     def __call__(self) -> None:
-        self.run()
+        try:
+            self.run()
+        except BaseException as error:
+            self.error = error
+            raise
 
 
 def work(
@@ -75,6 +80,8 @@ def work(
         POOL.post(job, threads - 1)
         job.run()
         while not finished(place, units, SPINS):
+            if job.error is not None:  # its unit will never be finished
+                raise job.error
             time.sleep(NAP)
     except BaseException:
         counts[0] = units

@@ -55,7 +55,7 @@ def serve(queue: SimpleQueue[Work]) -> None:
     """Call what comes, for ever."""
     while True:
         work = queue.get()
-        # The caller runs the same work and meets the same error; this thread serves others, too.
+        # What it raises is the caller's matter (`crew.Job`); this thread serves others, too.
         with suppress(Exception):
             work()
         # A finished call must not be kept alive by the thread that waits for the next one.

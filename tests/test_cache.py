@@ -17,7 +17,7 @@ from vattn.allocator.errors import ClosedError, DriverError, OutOfPages, OutOfRa
 from vattn.allocator.host import HostBackend
 from vattn.allocator.pool import Pool
 from vattn.cache import CopyRefused, KVCache, PrefixError
-from vattn.layout import LayoutError
+from vattn.layout import Layout, LayoutError
 
 
 @pytest.fixture
@@ -556,4 +556,25 @@ def test_a_slot_whose_pages_would_not_go_is_emptied_later():
             cache.open()
         cache.advance()
         cache.open()
+        cache.check()
+
+
+def test_rows_made_writable_are_held_from_what_is_there_on():
+    with KVCache(Layout(1, 1, 16, 512, dtype="float32"), slots=2) as cache:
+        many = [cache.open(), cache.open()]
+        first, ends = np.array([0, 0]), np.array([100, 40])
+        with pytest.raises(OutOfRange, match="make_writable"):
+            cache.hold(many, ends)
+        cache.make_writable(many, first, ends)
+        cache.hold(many, ends)
+        assert [s.length for s in many] == [100, 40]
+        for wrong in (np.array([99, 40]), np.array([-1, 40])):
+            with pytest.raises(OutOfRange, match="cannot hold"):
+                cache.hold(many, wrong)
+            with pytest.raises(OutOfRange, match="cannot be written"):
+                cache.make_writable(many, np.minimum(first, wrong), wrong)
+        cache.release_before(many[0], 0, 64)
+        with pytest.raises(OutOfRange, match="begin behind"):
+            cache.make_writable(many, first, ends + 1)
+        assert [s.length for s in many] == [100, 40]
         cache.check()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from array import array
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from tests.attention import fresh_seed
 from tests.guard import allow, fenced, outcome
 from tests.places import PLACES
-from vattn.kernels import columns_kernel
+from vattn.kernels import columns_kernel, crew
 from vattn.kernels.columns import Columns, columns, logits
 from vattn.kernels.kv import KV
 
@@ -184,3 +186,28 @@ def read_inside() -> None:
 
 def read_outside() -> None:
     read(65)
+
+
+def test_scores_of_minus_infinity_end_and_give_nan(way: str, monkeypatch: pytest.MonkeyPatch):
+    """Whichever thread meets them."""
+    monkeypatch.setattr("vattn.kernels.columns.THREAD_SCORES", 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    for head in range(6):
+        query, kv = drawn((300, 300), (6, 6), 40, 16, torch.float32)
+        query.abs_()
+        kv.key[:, head, :300] = -math.inf
+        found = columns(query, kv)
+        assert found.total[:, head].isnan().any()
+        assert not found.total[:, [h for h in range(6) if h != head]].isnan().any()
+
+
+def test_what_a_helping_thread_raises_is_raised(monkeypatch: pytest.MonkeyPatch):
+    caller = threading.get_ident()
+
+    def run() -> None:
+        if threading.get_ident() != caller:
+            raise ArithmeticError("here")
+
+    counts = array("q", bytes(8 * crew.COUNTS))
+    with pytest.raises(ArithmeticError, match="here"):
+        crew.work(run, counts, 1, 2)

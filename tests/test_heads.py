@@ -444,3 +444,40 @@ def test_ranges_refuse_what_does_not_fit():
         with pytest.raises(ClosedError, match="make a new"):
             touch(0)
     assert heads.lengths(0).tolist() == [[1, 1]]
+
+
+def test_rows_are_replaced_where_there_are_any(cache: HeadCache):
+    mirror = Mirror(cache, 0)
+    mirror.append(300)
+    reorder(cache, [0, 0])
+    for h in range(HEADS):
+        mirror.rows[1, h] = list(mirror.rows[0, h])
+    rows = torch.arange(300).expand(BATCH, HEADS, -1)
+    k, v = torch.randn(2, BATCH, HEADS, 300, DIM).unbind(0)
+    for counts in (torch.full((BATCH, HEADS), 3000), torch.full((BATCH * HEADS,), 300)):
+        with pytest.raises(KeepError, match="must be what the heads hold"):
+            cache.replace(0, rows, counts, k, v, None)
+    with pytest.raises(KeepError, match="rows to keep are"):
+        cache.keep(0, rows, torch.full((BATCH * HEADS,), 300))
+    with pytest.raises(KeepError, match="to forget are a mask"):
+        cache.forget(0, torch.ones(BATCH, HEADS, 300, dtype=torch.int64))
+    for wrong in (torch.zeros(BATCH, HEADS, dtype=torch.int32), torch.full((BATCH, HEADS), 3000)):
+        with pytest.raises(KeepError, match="to forget are not int64 in"):
+            cache.forget_one(0, wrong, trusted=True)
+    mirror.check()
+    cache.replace(0, rows, torch.full((BATCH, HEADS), 300), k, v, None)
+    for (b, h), held in mirror.rows.items():
+        mirror.rows[b, h] = [(at, k[b, h, i], v[b, h, i]) for i, (at, _, _) in enumerate(held)]
+    mirror.check()
+    cache.append(0, k[:, :, :3], v[:, :, :3], np.array([3, 1], np.uint64))
+    assert cache.tokens[0].tolist() == [303, 301]
+
+
+def test_a_closed_cache_is_not_copied():
+    pool = HeadCache(1, 2, 16, 64, dtype="float32")
+    heads = HeadCache(1, 2, 16, 64, dtype="float32", pool=pool.cache.pool)
+    heads.append(0, *torch.randn(2, 1, 2, 5, 16).unbind(0))
+    heads.close()
+    with pytest.raises(ClosedError, match="make a new"):
+        selected(heads, [0])
+    pool.close()

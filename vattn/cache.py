@@ -436,22 +436,25 @@ class KVCache:
 
     def make_writable(self, sequences: Seq[Sequence] | Batch, first: Ints, ends: Ints) -> None:
         """Map the rows ``first .. ends`` of each sequence and make them its own, in every layer: to
-        be written through `reserved`, and counted by `hold`. No ``ends`` lies before the tokens
-        that there are.
+        be written through `reserved`, and counted by `hold`.
 
         Raises:
-            OutOfPages, OutOfRange, MapLimitError, DriverError: no row has changed.
+            OutOfRange: rows before what a window released, or ``ends`` before the tokens that there
+            are. OutOfPages, MapLimitError, DriverError: as `extend`. No row has changed.
         """
         self._check_open()
-        self._frontiers.make_writable(self.batch(sequences), first, ends - first)
+        batch = self.batch(sequences)
+        self._frontiers.check_rows(batch, first, ends)
+        self._frontiers.make_writable(batch, first, ends - first)
 
     def hold(self, sequences: Seq[Sequence] | Batch, ends: Ints) -> None:
         """Count ``ends`` rows of each sequence, in every layer: those that were written after
         `make_writable`.
 
         Raises:
-            OutOfRange: rows that are not mapped.
+            OutOfRange: rows that are not mapped, or fewer than there are (`truncate_batch`).
         """
+        self._check_open()
         self._frontiers.hold(self.batch(sequences), ends)
 
     def release_before(self, sequence: Sequence, layer: int, token: int) -> None:

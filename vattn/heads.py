@@ -123,7 +123,7 @@ class HeadCache:
 
     def track(self, layer: int, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Numbers beside the rows of a layer, [batch, kv_heads, n] with n rows of the longest
-        range: 0 until they are written."""
+        head: 0 until they are written."""
         found = self.tracks[layer].get(name)
         if found is None:
             found = self.tracks[layer][name] = Track(self.batch, self.kv_heads, dtype, self.device)
@@ -180,7 +180,7 @@ class HeadCache:
         wrong = added.shape != (self.batch,) or added.dtype.kind not in "iu"
         if wrong or added.min() < 0 or added.max() > new:
             raise LayoutError(f"counts must be {self.batch} ints from 0 to {new}, got {counts}")
-        return None if added.min() == new else added
+        return None if added.min() == new else added.astype(np.int64)
 
     # ---- reading -------------------------------------------------------------------------------
     def attend_lse(
@@ -243,7 +243,7 @@ class HeadCache:
         shortest = int(np.minimum.reduce(self.ranges.lengths(layer), axis=None))
         if shortest < queries:
             raise LayoutError(
-                f"a range of layer {layer} holds {shortest} rows: fewer than the {queries} "
+                f"a head of layer {layer} holds {shortest} rows: fewer than the {queries} "
                 "queries, which are its last tokens"
             )
 
@@ -257,6 +257,12 @@ class HeadCache:
             KeepError: rows that do not ascend or are not there. OutOfPages, MapLimitError,
             DriverError: a shared page cannot be copied. Nothing has changed.
         """
+        shape = (self.batch, self.kv_heads)
+        if rows.dim() != 3 or rows.shape[:2] != shape or counts.shape != shape:
+            raise KeepError(
+                f"rows to keep are {tuple(rows.shape)} and their counts {tuple(counts.shape)}: "
+                f"must be {(*shape, 'm')} and {shape}"
+            )
         self.ranges.unshare(layer)
         try:
             compact(self.kv(layer), rows.flatten(0, 1)[:, None], counts.view(-1, 1))
@@ -315,10 +321,20 @@ class HeadCache:
         for.
 
         Raises:
-            KeepError: logs for a layer with narrow rows; nothing has changed.
+            KeepError: logs for a layer with narrow rows; counts that are not those of the heads.
+            OutOfPages, MapLimitError, DriverError: a shared page cannot be copied. Nothing has
+            changed.
         """
         if logs is not None and self.narrow_rows(layer) is not None:
             raise KeepError(f"layer {layer} has narrow rows: none can stand for several tokens")
+        shape, held = (self.batch, self.kv_heads), self.ranges.lengths(layer)
+        fits = rows.shape[:2] == k.shape[:2] == v.shape[:2] == shape == counts.shape
+        if not fits or (counts.cpu().numpy() != held).any():
+            raise KeepError(
+                f"counts are {counts.tolist()}, of rows {tuple(rows.shape)} in k "
+                f"{tuple(k.shape)}: must be what the heads hold, {held.tolist()}"
+            )
+        self.ranges.unshare(layer)
         inside = torch.arange(rows.shape[2], device=self.device) < counts[..., None]
         sequence, head, row = inside.nonzero().T
         units, source = self.ranges.units(layer)[sequence, head], rows[sequence, head, row]
@@ -328,15 +344,16 @@ class HeadCache:
             self.track(layer, WEIGHTS).copy_(logs.gather(2, rows).masked_fill(~inside, 0.0))
 
     def forget_one(self, layer: int, rows: Tensor, *, trusted: bool = False) -> None:
-        """`forget` one row of each range, rows [batch, kv_heads] int64, -1 for none: the usual
-        step. ``trusted`` rows are there, one of each range: a device need not be waited for.
+        """`forget` one row of each head, rows [batch, kv_heads] int64, -1 for none: the usual
+        step. ``trusted`` rows are there, one of each head: a device need not be waited for.
 
         Raises:
-            KeepError: a range holds no such row. Otherwise as `forget`.
+            KeepError: a head holds no such row. Otherwise as `forget`.
         """
         ranges, lengths = self.ranges, self.ranges.lengths(layer)
-        found = np.zeros_like(lengths) if trusted else rows.cpu().numpy()
-        wrong = found.dtype != np.int64 or found.shape != lengths.shape
+        wrong = rows.dtype != torch.int64 or rows.shape != lengths.shape
+        waits = wrong or rows.is_cpu or not trusted
+        found = rows.cpu().numpy() if waits else np.zeros_like(lengths)
         if wrong or ((found < -1) | (found >= lengths)).any():
             limits, kind = (lengths - 1).tolist(), rows.dtype
             raise KeepError(
@@ -363,12 +380,11 @@ class HeadCache:
         """
         counts = self.counts(layer)
         at = torch.arange(drop.shape[2], device=self.device)
-        if drop.shape != (*counts.shape, int(counts.max())) or bool(
-            (drop & (at >= counts[..., None])).any()
-        ):
+        fits = drop.dtype == torch.bool and drop.shape == (*counts.shape, int(counts.max()))
+        if not fits or bool((drop & (at >= counts[..., None])).any()):
             raise KeepError(
                 f"rows to forget are a mask of {(*counts.shape, int(counts.max()))} within "
-                f"{counts.tolist()}, got {tuple(drop.shape)}"
+                f"{counts.tolist()}, got {drop.dtype} {tuple(drop.shape)}"
             )
         left = counts - drop.sum(-1)
         # As many rows stay behind the new end as go before it; both in ascending order.

@@ -81,6 +81,7 @@ def streamed(
 
 def launched(heads: HeadCache, rows: Tensor, layer: int, scale: float | None, told: Tensor) -> Pair:
     """By Triton's kernel, likewise."""
+    heads.check_last(layer, rows.shape[2])
     from .kernels.decode import decode_lse
 
     return decode_lse(rows, heads.kv(layer), Scores(scale, "bottom_right"), logits=told)

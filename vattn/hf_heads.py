@@ -68,7 +68,7 @@ def check_policy(options: Options) -> None:
         ("selector", options.selector is not None, "a selector wants what a policy forgets"),
         ("tiers", options.tiers is not None, "tiers put aside what a policy drops"),
         ("trace", options.trace, "pages of single heads are not traced"),
-        ("group_layers", options.group_layers != 1, "every head has a range of its own"),
+        ("group_layers", options.group_layers != 1, "every head has rows of its own"),
         ("VattnStaticCache", options.zero_backed, "its shapes stay, whatever is evicted"),
     ):
         if wrong:

@@ -10,7 +10,7 @@ A press is a hook behind every attention module. It reads ``layer.keys`` and ``l
     or names rows        ``module.masked_key_indices``, (sequence, head, row) each: kvpress hides
                          them behind keys that no query of a step sees, and frees nothing
 
-Here every KV head has a range of its own (`HeadCache`). Assigned rows are written over the old ones
+Here every KV head has rows of its own (`HeadCache`). Assigned rows are written over the old ones
 in place; rows that were named are dropped from their heads, and the attribute is None again: there
 is nothing left to hide. Both happen behind the hook of the press, layer by layer, so a prompt holds
 one whole layer beside what the layers before it have kept. A press that names rows after the pass
@@ -59,9 +59,9 @@ class PressStore(HeadStore):
         """K (0) or V (1) of a layer, [B, Hkv, tokens, D]: a view; where heads have dropped rows, a
         copy with 0 in their places."""
         heads, tokens = self.heads, self.seen[layer]
-        shape = (heads.batch, heads.kv_heads)
         if not self._ragged(layer):
-            return heads.ranges.view(layer, side, int(heads.ranges.lengths(layer).max()))
+            return heads.ranges.view(layer, side, heads.longest(layer))
+        shape = (heads.batch, heads.kv_heads)
         counts, positions, kv = heads.counts(layer), heads.positions(layer), heads.kv(layer)
         at = torch.arange(positions.shape[2], device=heads.device)
         # Behind a range's rows positions mean nothing: these go to a place that is cut off.

@@ -164,10 +164,26 @@ class Lengths:
         self.lengths[slots, which] = lengths
         self.tokens[slots] = self.lengths[slots].max(axis=1)
 
+    def check_rows(self, batch: Batch, first: Ints, ends: Ints) -> None:
+        """Raise OutOfRange unless rows ``first .. ends`` reach to the tokens' end or beyond it, and
+        begin behind what a window released."""
+        starts = np.maximum.reduce(self.starts[batch.pick], axis=1)
+        if np.logical_or.reduce(
+            (first < starts) | (first > ends) | (ends < self.tokens[batch.pick])
+        ):
+            raise OutOfRange(
+                f"rows {first.tolist()} to {ends.tolist()} cannot be written: must begin behind "
+                f"{starts.tolist()} and end behind {self.tokens[batch.pick].tolist()}"
+            )
+
     def hold(self, batch: Batch, ends: Ints) -> None:
         """See `KVCache.hold`."""
-        if np.logical_or.reduce(ends > self.room[batch.pick]):
-            raise OutOfRange(f"rows up to {ends.tolist()} are not mapped: make_writable() first")
+        wrong = (ends > self.room[batch.pick]) | (ends < self.tokens[batch.pick])
+        if np.logical_or.reduce(wrong):
+            raise OutOfRange(
+                f"cannot hold {ends.tolist()} rows: {self.tokens[batch.pick].tolist()} are there "
+                f"and {self.room[batch.pick].tolist()} mapped; make_writable() first"
+            )
         self.lengths[batch.pick] = ends[:, None]
         self.tokens[batch.pick] = ends
 

@@ -129,7 +129,8 @@ class Ranges:
 
     def view(self, layer: int, side: int, tokens: int) -> Tensor:
         """K (0) or V (1) of a layer whose heads all hold ``tokens`` rows, [batch, kv_heads, tokens,
-        head_dim]. Keeps its pages mapped; a copy where ranges of several heads are several.
+        head_dim]. Keeps its pages mapped; a copy where 1 < heads per range < KV heads: not to be
+        written to there.
 
         Raises OutOfRange where they do not hold as many.
         """
@@ -174,6 +175,7 @@ class Ranges:
         Raises:
             OutOfPages, MapLimitError, DriverError: nothing has changed.
         """
+        other.check_open()
         ends = other.lengths(layer)[order]
         self.reach(layer, np.zeros_like(ends), ends)
         for (b, h), many in np.ndenumerate(ends):
@@ -220,9 +222,12 @@ class Ranges:
 
     # ---- checks --------------------------------------------------------------------------------
     def check_open(self) -> None:
-        """Raise ClosedError where the rows are gone."""
-        if self.cache.closed:
-            raise ClosedError("this cache is closed; make a new HeadCache")
+        """Raise ClosedError where the rows are gone, or the parent's of this process."""
+        if self.cache.closed or self.cache.arena.turn.foreign:
+            raise ClosedError(
+                "this cache is closed, or belongs to the process that forked this one; make a new "
+                "HeadCache"
+            )
 
     def check_rows(self, k: Tensor, v: Tensor, n: int) -> None:
         """Raise LayoutError unless k and v are n rows of every head."""
