@@ -43,7 +43,8 @@ GRAIN = Grain(4, 32, 32)
 RAGGED = ("AdaKV", "PyramidKV", "CAKE", "KVzip")
 QUICK = ("RandomTokens", "Streaming", "SnapKV", "TOVA", "H2O, steps", "KeyDiff")
 CHANGES = {"Elastic", "Merging", "SubGen"}  # what they keep is not what it was: no masked reference
-PAGES, DEVICE_PAGE = (64 << 10, 2 << 20), 2 << 20
+DEVICE_PAGE = 2 << 20
+PAGES = (64 << 10, DEVICE_PAGE)
 CLOSE = 1e-3
 KVPRESS = (
     "kvpress with AdaKV returns nothing: it masks what it drops with a fake key, and says that "

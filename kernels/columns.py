@@ -60,7 +60,7 @@ def columns(
         from vattn.kernels.columns_kernel import columns as launched
 
         return launched(query, kv, scale=scale)
-    if query.is_cpu and stream.available() is None:
+    if stream.serves(query):
         return _streamed(query, kv, scale, bias)
     total: Tensor | None = None
     square = entropy = query.new_zeros(0)

@@ -156,5 +156,4 @@ def _lies(t: Tensor) -> tuple[int, int, int]:
 
 
 def _loops(tensor: Tensor) -> ModuleType | None:
-    streams = tensor.is_cpu and stream.available() is None
-    return crew.loops("evict_loops") if streams else None
+    return crew.loops("evict_loops") if stream.serves(tensor) else None

@@ -38,7 +38,7 @@ def scores(
     Raises:
         ValueError: the query or the parts do not suit the form.
     """
-    if _streams(query):
+    if stream.serves(query):
         from vattn.kernels import index_stream
 
         return index_stream.scores(form, query, index, records, scale=scale)
@@ -77,7 +77,7 @@ def best(
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` best of scores [B, Hkv, R, n], joined and forced as `choose` says: ids
     [B, Hkv, min(k, n)] and count [B, Hkv], int32."""
-    if _streams(found):
+    if stream.serves(found):
         from vattn.kernels import choose_stream
 
         return choose_stream.top_k(
@@ -108,7 +108,7 @@ def best_records(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`best` of `scores`, on the host without a table of all scores in memory."""
-    if _streams(query):
+    if stream.serves(query):
         from vattn.kernels import choose_stream
 
         return choose_stream.top_k_index(
@@ -117,7 +117,3 @@ def best_records(
         )  # fmt: skip
     found = scores(form, query, index, records, scale=scale)
     return best(found, k, join=join, pages=pages, first=first, last=last, starts=starts)
-
-
-def _streams(tensor: Tensor) -> bool:
-    return tensor.is_cpu and stream.available() is None

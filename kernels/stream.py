@@ -82,6 +82,11 @@ def available() -> str | None:
     return None
 
 
+def serves(tensor: Tensor) -> bool:
+    """Whether compiled loops, the stream kernel's and others', can take a tensor."""
+    return tensor.is_cpu and available() is None
+
+
 @cache
 def loops() -> ModuleType:
     """The module of compiled loops; raises RuntimeError where it cannot be had."""

@@ -310,7 +310,7 @@ class KVCache:
         lengths = self.lengths[batch.slots, physical]
         if counts is None:
             count = k.shape[-2] if k.dim() > 1 else 0
-            self._rows.check(k, v, (len(batch.slots), self.layout.kv_heads, count))
+            self.check_rows(k, v, (len(batch.slots), self.layout.kv_heads, count))
             self._frontiers.make_writable(batch, lengths, count)
             self._rows.write(physical, batch, lengths, k, v)
             self._frontiers.add(batch, physical, lengths + count)
@@ -318,7 +318,7 @@ class KVCache:
         many = self._frontiers.check_tokens(np.asarray(counts), len(batch.slots), "counts")
         if isinstance(many, int):
             raise LayoutError(f"counts must be {len(batch.slots)} ints, got {counts!r}")
-        self._rows.check(k, v, (self.layout.kv_heads, int(many.sum())))
+        self.check_rows(k, v, (self.layout.kv_heads, int(many.sum())))
         self._frontiers.make_writable(batch, lengths, many)
         at = 0
         for slot, length, count in zip(batch.slots, lengths.tolist(), many.tolist(), strict=True):
@@ -419,9 +419,8 @@ class KVCache:
             OutOfPages, MapLimitError, DriverError: no row has changed.
         """
         batch = self.batch(sequences)
-        if np.logical_or.reduce(self.arena.shared_to[batch.pick]):
-            ends = self.tokens[batch.slots]
-            self._frontiers.unshare(batch, np.zeros_like(ends), ends)
+        ends = self.tokens[batch.slots]
+        self._frontiers.unshare(batch, np.zeros_like(ends), ends)
 
     def commit(
         self, sequences: Seq[Sequence] | Batch, tokens: int, layer: int | None = None
@@ -433,6 +432,11 @@ class KVCache:
             OutOfRange: the rows are not mapped: call `extend` first.
         """
         self._frontiers.commit(self.batch(sequences).slots, self._which(layer), tokens)
+
+    def check_rows(self, k: Tensor, v: Tensor, lead: tuple[int, ...]) -> None:
+        """Raise LayoutError unless k and v are rows [*lead, head_dim] of this cache's dtype and
+        device."""
+        self._rows.check(k, v, lead)
 
     def make_writable(self, sequences: Seq[Sequence] | Batch, first: Ints, ends: Ints) -> None:
         """Map the rows ``first .. ends`` of each sequence and make them its own, in every layer: to

@@ -100,7 +100,7 @@ def attend_lse(
 def streams(query: Tensor, kv_heads: int = 1) -> bool:
     """Whether the stream kernel takes a query [B, Hq, L, D] over so many KV heads."""
     rows = query.shape[1] // kv_heads * query.shape[2]
-    return query.is_cpu and rows <= STREAM_ROWS and stream.available() is None
+    return rows <= STREAM_ROWS and stream.serves(query)
 
 
 def attend_one(

@@ -147,26 +147,24 @@ class Ranges:
             LayoutError, OutOfRange, OutOfPages, MapLimitError, DriverError: as `KVCache.append`;
             nothing has changed.
         """
-        n = k.shape[2]
-        before = self.lengths(layer)
-        self.check_rows(k, v, n)
+        n, before = k.shape[2], self.lengths(layer)
+        self.cache.check_rows(k, v, (self.batch, self.kv_heads, n))
         ends = before + (n if added is None else added[:, None])
         self.reach(layer, before, ends)
-        sides = ((self.key, k.detach()), (self.value, v.detach()))
-        low = before.item(0)
+        k, v, low = k.detach(), v.detach(), before.item(0)
         if added is not None:
-            self._write_each(layer, before, added, sides)
+            self._write_each(layer, before, added, k, v)
         elif bool((before == low).all()):
-            batch = self._of(layer)
+            pick = self._of(layer).pick
             for side, new in zip(self._sides, (k, v), strict=True):
-                rows = side[batch.pick, :, low : low + n]
-                rows.copy_(new.detach().reshape(rows.shape))
-        elif n == 1 and stream.available() is None and self.key.is_cpu:
-            self._write_one(layer, before, sides)
+                rows = side[pick, :, low : low + n]
+                rows.copy_(new.reshape(rows.shape))
+        elif n == 1 and stream.serves(self.key):
+            self._write_one(layer, before, k, v)
         elif self.key.is_cuda and not cannot_launch(k):
             self._launch(layer, k, v)
         else:
-            self._write_each(layer, before, np.full(self.batch, n), sides)
+            self._write_each(layer, before, np.full(self.batch, n), k, v)
         self.hold(layer, ends)
 
     def copy_of(self, other: Ranges, layer: int, order: list[int]) -> None:
@@ -229,19 +227,6 @@ class Ranges:
                 "HeadCache"
             )
 
-    def check_rows(self, k: Tensor, v: Tensor, n: int) -> None:
-        """Raise LayoutError unless k and v are n rows of every head."""
-        shape = (self.batch, self.kv_heads, n, self.layout.head_dim)
-        for name, rows in (("k", k), ("v", v)):
-            if rows.shape != shape:
-                raise LayoutError(f"{name} must have shape {shape}, got {tuple(rows.shape)}")
-            if rows.dtype is not self.cache.dtype:
-                raise LayoutError(f"{name} must be {self.cache.dtype}, got {rows.dtype}; cast it")
-            if rows.device != self.cache.device:
-                raise LayoutError(
-                    f"{name} must be on {self.cache.device}, got {rows.device}; move it"
-                )
-
     def check_laws(self) -> None:
         """Assert every law. For tests."""
         self.cache.check()
@@ -265,22 +250,18 @@ class Ranges:
             return lengths.reshape(-1)
         return np.minimum.reduce(lengths.reshape(-1, self.heads), axis=1)
 
-    def _write_each(
-        self, layer: int, before: Ints, added: Ints, sides: tuple[tuple[Tensor, Tensor], ...]
-    ) -> None:
+    def _write_each(self, layer: int, before: Ints, added: Ints, k: Tensor, v: Tensor) -> None:
         """Head by head."""
         for (b, h), at in np.ndenumerate(before):
             unit, many = self._units[layer, b, h], added.item(b)
-            for side, new in sides:
+            for side, new in ((self.key, k), (self.value, v)):
                 side[unit, 0, at : at + many] = new[b, h, new.shape[2] - many :]
 
-    def _write_one(
-        self, layer: int, before: Ints, sides: tuple[tuple[Tensor, Tensor], ...]
-    ) -> None:
+    def _write_one(self, layer: int, before: Ints, k: Tensor, v: Tensor) -> None:
         """A row of each head, in compiled loops."""
         size = self.layout.head_dim * self.layout.item_bytes
         at = before * (self.row_step * self.layout.item_bytes)
-        for place, (_, new) in zip(self._places, sides, strict=True):
+        for place, new in zip(self._places, (k, v), strict=True):
             rows = plain_rows(new.resolve_neg())
             scatter(rows, np.ascontiguousarray(place[layer] + at), size)
 
@@ -288,5 +269,5 @@ class Ranges:
         """As many rows of every head, by one launch of `vattn.kernels.append`."""
         from .kernels.append import append
 
-        keys, values = (plain_rows(x.detach().resolve_neg()).flatten(0, 1)[:, None] for x in (k, v))
+        keys, values = (plain_rows(x.resolve_neg()).flatten(0, 1)[:, None] for x in (k, v))
         append(keys, values, self.kv(layer))
