@@ -7,8 +7,8 @@ last row in that place.
             -> rows [B, H] int64: of the first `counts` the lowest score of those that may go, the
             last of equals; where none may (or all are +inf), the lowest position
     scatter rows [B, H, 1, D] -> each to an address [B, H] int64
-    fill    rows, last [B, H] int64: row `last` of each slot takes the place of its row `rows`,
-            nothing where that is -1
+    drop    rows [B, H] int64, counts [B, H]: the last row of each head takes the place of its row
+            `rows`, and counts one less; nothing where that is -1
 
 On a CPU with numba in loops (`evict_loops`): a step has a dozen of heads with some thousand rows,
 and each of torch's operations on so little takes longer to call than to run. Elsewhere in torch's
@@ -20,8 +20,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
-from typing import NamedTuple
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -98,39 +100,147 @@ def reference(
     return oldest.where(lowest == torch.inf, found)
 
 
-class Side(NamedTuple):
-    """Lines of rows that `fill` moves in: [N, S, D], elements of a row side by side, of which
-    ``slots`` [B, H] say where each head's lie; ``clear``: the row moved leaves zeros."""
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Lines of rows that `drop` moves in: [N, S, D], elements of a row side by side, of which
+    ``slots`` [B, H], side by side, say where each head's lie; ``clear``: the last row leaves
+    zeros."""
 
-    lines: Tensor
+    rows: Tensor
     slots: Tensor
     clear: bool = False
 
+    @cached_property
+    def words(self) -> tuple[int, ...]:
+        """What the loops read."""
+        slot, row, item = *self.rows.stride()[:2], self.rows.itemsize
+        width = self.rows.shape[2] * item
+        places = self.rows.data_ptr(), slot * item, row * item, width
+        return *places, self.slots.data_ptr(), self.clear
 
-def fill(sides: Sequence[Side], rows: Tensor, last: Tensor) -> None:
-    """Move one row of each head of every side."""
+
+def drop(
+    lines: Sequence[Lines], rows: Tensor, counts: NDArray[np.int64], *, trusted: bool = False
+) -> None:
+    """Drop one row of each head from all lines; ``counts``, side by side, becomes what is left. A
+    device is not waited for where ``trusted`` says that rows are there, one of each head.
+
+    Raises ValueError where a head has no such row; nothing has changed.
+    """
+    _check(torch.int64, rows=(rows, counts.shape))
     code = _loops(rows)
     if code is None:
-        for side in sides:
-            _fill(side, rows, last)
+        _drop(lines, rows, counts, trusted)
         return
-    rows, last, words, slots = rows.contiguous(), last.contiguous(), array("q"), []
-    for lines, where, clear in sides:
-        slot, row, item = lines.stride(0), lines.stride(1), lines.itemsize
-        slots.append(where.contiguous())  # must outlive the call
-        words.extend((lines.data_ptr(), slot * item, row * item, lines.shape[2] * item))
-        words.extend((slots[-1].data_ptr(), clear))
-    code.fill(rows.numel(), len(sides), words.buffer_info()[0], rows.data_ptr(), last.data_ptr())
+    rows, words = rows.contiguous(), array("q")
+    for each in lines:
+        words.extend(each.words)
+    given = words.buffer_info()[0], rows.data_ptr(), counts.ctypes.data
+    if not code.drop(rows.numel(), len(lines), *given):
+        _raise_missing(rows, counts)
 
 
-def _fill(side: Side, rows: Tensor, last: Tensor) -> None:
-    """`fill` of a side in torch's operations."""
-    lines, slots, some = side.lines, side.slots.view(rows.shape), rows >= 0
-    moved = lines[slots, last]
-    lines[slots, rows.where(some, last)] = moved
-    if side.clear:
-        bits = moved.view(torch.uint8).masked_fill(some[..., None], 0)
-        lines[slots, last] = bits.view(lines.dtype)
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Who goes at a step where every head holds one row more than its limit.
+
+    Args:
+        limits: [B, H] rows that a head is to hold.
+        recent: [B] last tokens of the text that stay.
+        sinks: first tokens of the text that stay.
+        within: of those before the last ones only so many may go; 0: all.
+        ahead: [B, H, m] float32, side by side: scores of the tokens from ``ahead_from`` [B] on,
+            where they are known before they come; else those of new rows are recorded by now.
+    """
+
+    limits: NDArray[np.int64]
+    recent: NDArray[np.int64]
+    sinks: int
+    within: int = 0
+    ahead: Tensor | None = None
+    ahead_from: NDArray[np.int64] | None = None
+
+
+class DropLeast:
+    """`least` by a `Rule` and `drop`, of the same tensors at many steps by one compiled call each.
+    On the host with numba alone.
+
+    Args:
+        rule: who goes.
+        counts: [B, H] rows of each head; written.
+        tokens: [B] of the text so far.
+        score, positions: [B, H, n], see `least`; the caller sees to it that counts are at most n.
+        lines: what moves.
+
+    Raises:
+        ValueError: another shape or type.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        counts: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        score: Tensor,
+        positions: Tensor,
+        lines: Sequence[Lines],
+    ) -> None:
+        batch, heads = counts.shape
+        shape = batch, heads, score.shape[-1]
+        _check(score=(score, shape))
+        _check(torch.int64, positions=(positions, shape))
+        _check_numbers((batch, heads), counts=counts, limits=rule.limits)
+        _check_numbers((batch,), tokens=tokens, recent=rule.recent)
+        ahead = 0, 0, 0
+        if rule.ahead is not None and rule.ahead_from is not None:
+            _check(ahead=(rule.ahead, (batch, heads, rule.ahead.shape[-1])))
+            _check_numbers((batch,), ahead_from=rule.ahead_from)
+            ahead = rule.ahead.data_ptr(), rule.ahead_from.ctypes.data, rule.ahead.shape[2]
+        if score.stride(2) != 1 or positions.stride(2) != 1:
+            raise ValueError("score and positions must have their rows side by side")
+        sides = array("q", [word for side in lines for word in side.words])
+        numbers = [x.ctypes.data for x in (counts, rule.limits, tokens, rule.recent)]
+        places = *_lies(score), *_lies(positions), *ahead
+        rows = array("q", bytes(8 * counts.size))
+        moves = len(lines), sides.buffer_info()[0], rows.buffer_info()[0]
+        self._words = array("q", (batch, heads, *numbers, rule.sinks, rule.within, *places, *moves))
+        # All of it must outlive the words.
+        self._alive = rule, counts, tokens, score, positions, tuple(lines), sides, rows
+        self._run = crew.loops("evict_loops").drop_least
+        self._at = self._words.buffer_info()[0]
+
+    def __call__(self, draft: int = 0) -> int:
+        """Drop one row of each head, the last ``draft`` tokens apart, which are held beyond the
+        limits. Returns how many went; 0 where none is too many, and -1, without a change, where
+        some head holds another number than one too many, where ``ahead`` does not reach as far, or
+        where there is nothing ``within``."""
+        return int(self._run(self._at, draft))
+
+
+def _drop(lines: Sequence[Lines], rows: Tensor, counts: NDArray[np.int64], trusted: bool) -> None:
+    """`drop` in torch's operations."""
+    gone = np.ones(counts.shape, np.bool_)
+    if not (trusted and rows.is_cuda):  # on the host a look costs nothing
+        found = rows.cpu().numpy()
+        if ((found < -1) | (found >= counts)).any():
+            _raise_missing(rows, counts)
+        gone = found >= 0
+    last = torch.from_numpy(counts - 1).to(rows.device)
+    some = None if gone.all() else torch.from_numpy(gone).to(rows.device)
+    if some is not None:  # a head without a row may have no page: it is not to be read
+        rows, last = rows[some], last[some]
+    for each in lines:
+        slots = each.slots.view(counts.shape)
+        slots = slots if some is None else slots[some]
+        each.rows[slots, rows] = each.rows[slots, last]
+        if each.clear:
+            each.rows[slots, last] = 0
+    counts -= gone
+
+
+def _raise_missing(rows: Tensor, counts: NDArray[np.int64]) -> NoReturn:
+    limits = (counts - 1).tolist()
+    raise ValueError(f"rows {rows.tolist()} to drop are not in 0..{limits}, or -1")
 
 
 def scatter(rows: Tensor, places: NDArray[np.int64], size: int) -> None:
@@ -147,6 +257,15 @@ def _check(dtype: torch.dtype = torch.float32, **given: tuple[Tensor, tuple[int,
         if tensor.dtype != dtype or tensor.shape != shape:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}: must be {dtype} {tuple(shape)}"
+            )
+
+
+def _check_numbers(shape: tuple[int, ...], **given: NDArray[np.int64]) -> None:
+    """Raise ValueError unless arrays are int64 of a shape, side by side."""
+    for name, each in given.items():
+        if each.shape != shape or each.dtype != np.int64 or not each.flags.c_contiguous:
+            raise ValueError(
+                f"{name} is {each.dtype} {each.shape}: must be int64 {shape}, side by side"
             )
 
 

@@ -14,10 +14,16 @@ Bytes moved: the parts once. Source: FlashDecoding, https://pytorch.org/blog/fla
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from vattn.kernels import crew, stream
 from vattn.kernels.contract import EMPTY
+
+WIDTH = 8  # numbers that the loops take at once
 
 
 def reference(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,3 +47,25 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     weights = weights / torch.where(total == 0.0, 1.0, total)
     parts = torch.where((lses == EMPTY)[..., None], 0.0, weights[..., None] * outs.to(wide))
     return parts.sum(dim=0).to(outs.dtype), shift + torch.log(total)
+
+
+def join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """`merge` of parts that lie apart, each [..., Dv] and [...]; float32 on a CPU with numba in one
+    pass: a step has a few rows, and each of torch's operations takes longer to call than to run.
+
+    Raises ValueError where they differ in shape.
+    """
+    out, lse = parts[0]
+    plain = all(t.dtype == torch.float32 and t.is_contiguous() for part in parts for t in part)
+    if not plain or out.shape[-1] < WIDTH or not stream.serves(out):
+        outs, lses = zip(*parts, strict=True)
+        return merge(torch.stack(outs), torch.stack(lses))
+    if any(a.shape != out.shape or b.shape != out.shape[:-1] for a, b in parts):
+        shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in parts]
+        raise ValueError(f"parts are {shapes}: must be of one shape, [..., Dv] and [...]")
+    places = array("q", [t.data_ptr() for part in parts for t in part])
+    out, lse = torch.empty_like(out), torch.empty_like(lse)
+    where = out.data_ptr(), lse.data_ptr()
+    rows = len(parts), places.buffer_info()[0], lse.numel(), out.shape[-1]
+    crew.loops("merge_loops").join(*rows, *where)
+    return out, lse

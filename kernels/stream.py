@@ -153,6 +153,7 @@ def stream_ragged(
     logits: Tensor | None = None,
     causal: bool = True,
     exact: bool = False,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to sequences of any lengths: causally, the queries being the last tokens of each, or
     without a mask.
@@ -161,7 +162,8 @@ def stream_ragged(
     itself included. Returns ([B, Hq, L, Dv], log-sum-exp [B, Hq, L]), the former of the query's
     dtype or, where they are to be merged, ``exact`` float32. All rows must stay mapped until this
     returns. ``logits`` [B, Hkv, G * L, n] float32 contiguous, of n tokens or more of the longest
-    sequence, gets scale * q k of the tokens that each query sees, and -inf.
+    sequence, gets scale * q k of the tokens that each query sees, and -inf. ``bias`` [B, n]
+    float32, of as many tokens, is added to the scores of each sequence's tokens.
     """
     query = plain_rows(query)
     value_dim = query.shape[3] if rows.value_dim is None else rows.value_dim
@@ -174,6 +176,10 @@ def stream_ragged(
     if logits is not None:
         _check_logits(logits, query, rows)
         logits.fill_(-torch.inf)
+    mask: tuple[int, ...] = NO_MASK
+    if bias is not None:
+        _check_bias(bias, query, rows)
+        mask = _mask(bias[:, None, None])
     if query.numel() == 0:
         return out, lse
     length, dim = query.shape[2:]
@@ -192,8 +198,8 @@ def stream_ragged(
     lies = (*steps, *v_steps, *ragged)
     sizes = (rows.kv_heads, keys, value_dim)
     counts = (units, int(chunks.max()))
-    keep = (arrays, rows, logits)
-    _launch(query, out, lse, sizes, lies, NO_MASK, cut, counts, scale, keep, logits)
+    keep = (arrays, rows, logits, bias)
+    _launch(query, out, lse, sizes, lies, mask, cut, counts, scale, keep, logits)
     return out, lse
 
 
@@ -205,6 +211,16 @@ def _check_logits(logits: Tensor, query: Tensor, rows: Rows) -> None:
         raise ValueError(
             f"logits must be contiguous float32 {[*least, longest]}, or longer; got "
             f"{logits.dtype} {list(logits.shape)}"
+        )
+
+
+def _check_bias(bias: Tensor, query: Tensor, rows: Rows) -> None:
+    longest = int(rows.lengths.max())
+    fits = bias.dim() == 2 and len(bias) == len(query) and bias.shape[1] >= longest
+    if not fits or bias.dtype != torch.float32:
+        raise ValueError(
+            f"bias must be float32 {[len(query), longest]}, or longer; got {bias.dtype} "
+            f"{list(bias.shape)}"
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -104,11 +106,31 @@ def test_the_last_row_takes_the_place(dim: int, dtype: torch.dtype, way: None) -
         if row >= 0:
             exact[slot, row] = exact[slot, end]
     twin = side.clone()
-    evict.fill([evict.Side(side, slots)], rows, last)
+    counts = last.numpy() + 1
+    left = counts - (rows >= 0).numpy()
+    evict.drop([evict.Lines(side, slots)], rows, counts)
     assert torch.equal(side.float(), exact)
-    evict.fill([evict.Side(twin, slots, clear=True)], rows, last)
+    assert (counts == left).all()
+    evict.drop([evict.Lines(twin, slots, clear=True)], rows, last.numpy() + 1)
     exact[slots[rows >= 0], last[rows >= 0]] = 0
     assert torch.equal(twin.float(), exact)
+
+
+def test_rows_that_are_not_there_are_not_dropped(way: None) -> None:
+    side, slots = torch.randn(6, 9, 4), torch.arange(6).view(2, 3)
+    before, counts = side.clone(), np.array([[9, 0, 3], [1, 2, 9]])
+    empty = torch.tensor([[8, -1, 0], [0, -1, 4]])
+    for wrong, at in ((0, (0, 1)), (3, (0, 2)), (-2, (1, 0)), (1 << 40, (1, 1))):
+        rows = empty.clone()
+        rows[at] = wrong
+        with pytest.raises(ValueError, match=f"{wrong}.* to drop are not in 0"):
+            evict.drop([evict.Lines(side, slots)], rows, counts)
+    with pytest.raises(ValueError, match=r"rows is torch.int32 \(2, 3\)"):
+        evict.drop([evict.Lines(side, slots)], empty.int(), counts)
+    assert torch.equal(side, before)
+    assert counts.tolist() == [[9, 0, 3], [1, 2, 9]]
+    evict.drop([evict.Lines(side, slots)], empty, counts)
+    assert counts.tolist() == [[8, 0, 2], [0, 2, 8]]
 
 
 def test_other_types_and_shapes_are_refused(way: None) -> None:
@@ -137,5 +159,111 @@ def test_other_types_and_shapes_are_refused(way: None) -> None:
 def test_kept_code_is_of_the_words_that_there_are() -> None:
     from vattn.kernels import calls, evict_loops
 
-    for loop in (evict_loops.mass, evict_loops.least, evict_loops.fill):
+    for loop in (evict_loops.mass, evict_loops.least, evict_loops.drop):
         assert inspect.getclosurevars(loop.py_func).nonlocals["sources"] == calls.sources()
+
+
+# ---- choice and all by one call -----------------------------------------------------------------
+LOOPS = pytest.mark.skipif(stream.available() is not None, reason=str(stream.available()))
+
+
+@dataclass
+class Scene:
+    """Heads of any lengths, each one row beyond its limit."""
+
+    draft: int = 0
+
+    def __post_init__(self) -> None:
+        self.score = torch.rand(2, 3, 50)
+        self.counts = torch.randint(12, 50, (2, 3)).numpy()
+        self.positions = torch.rand(2, 3, 50).argsort(-1)
+        self.tokens = np.array([50, 50])
+        self.limits = self.counts - 1 - self.draft
+        self.side, self.slots = torch.randn(8, 50, 5), torch.randperm(8)[:6].view(2, 3)
+
+    def lines(self, side: Tensor) -> list[evict.Lines]:
+        return [
+            evict.Lines(side, self.slots),
+            evict.Lines(self.score.view(6, 50, 1), torch.arange(6), clear=True),
+        ]
+
+    def made(self, rule: evict.Rule) -> evict.DropLeast:
+        given = self.counts, self.tokens, self.score, self.positions
+        return evict.DropLeast(rule, *given, self.lines(self.side))
+
+
+@LOOPS
+@pytest.mark.parametrize("draft", [0, 3])
+def test_the_least_goes_by_one_call(draft: int) -> None:
+    fresh_seed()
+    scene = Scene(draft)
+    recent, counts = np.array([9, 20]), scene.counts.copy()
+    last = torch.from_numpy(scene.tokens - draft - recent)
+    score, twin = scene.score.clone(), scene.side.clone()
+    rows = evict.reference(score, torch.from_numpy(counts), scene.positions, 4, last)
+    act = scene.made(evict.Rule(scene.limits, recent, 4))
+    assert act(draft + 1) == 0, "none is too many"
+    assert act(draft) == 6
+    evict.drop([evict.Lines(twin, scene.slots)], rows, counts)
+    assert torch.equal(scene.side, twin)
+    assert (scene.counts == counts).all()
+    for i, row in np.ndenumerate(rows.numpy()):
+        assert scene.score[i][counts[i]] == 0
+        assert row == counts[i] or scene.score[i][row] == score[i][counts[i]]
+    scene.counts[1, 2] += 2
+    before = scene.side.clone()
+    assert act(draft) == -1
+    assert torch.equal(scene.side, before)
+
+
+@LOOPS
+def test_scores_that_are_known_before_tokens_come() -> None:
+    fresh_seed()
+    scene, ahead = Scene(), torch.rand(2, 3, 4)
+    scene.score.fill_(0.5)
+    scene.counts[:] = 30
+    scene.limits[:] = 29
+    rule = evict.Rule(scene.limits, np.zeros(2, np.int64), 0, 0, ahead, np.array([49, 46]))
+    act = scene.made(rule)
+    assert act() == 6
+    for i, at in ((0, 0), (1, 3)):  # the last row's score is that of token 49
+        for h in range(3):
+            lost = ahead[i, h, at] <= 0.5
+            assert (scene.score[i, h, :29] == 0.5).all() == lost
+    scene.counts[:] = 30
+    scene.tokens[0] = 54
+    assert act() == -1, "nobody knows that far ahead"
+
+
+@LOOPS
+def test_one_place_in_the_text_goes_or_nothing() -> None:
+    fresh_seed()
+    scene = Scene()
+    scene.positions = torch.arange(50).flip(0).expand(2, 3, 50).contiguous()
+    scene.tokens[:] = 50
+    act = scene.made(evict.Rule(scene.limits, np.array([5, 5]), 0, within=1))
+    wanted = scene.side[scene.slots, torch.from_numpy(scene.counts - 1)]
+    assert act() == 6
+    assert torch.equal(scene.side[scene.slots, 5], wanted), "position 44 is row 5"
+    scene.counts[:] += 1
+    scene.positions[1, 1, 5] = 60
+    before = scene.side.clone()
+    assert act() == -1
+    assert torch.equal(scene.side, before)
+
+
+@LOOPS
+def test_what_one_call_is_made_of_is_checked() -> None:
+    scene = Scene()
+    recent = np.zeros(2, np.int64)
+    for name, rule in (
+        ("limits", evict.Rule(scene.limits.astype(np.int32), recent, 0)),
+        ("limits", evict.Rule(scene.limits[:1], recent, 0)),
+        ("recent", evict.Rule(scene.limits, recent[:1], 0)),
+        ("ahead", evict.Rule(scene.limits, recent, 0, 0, torch.rand(2, 2, 4), recent)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} is"):
+            scene.made(rule)
+    scene.positions = scene.positions.int()
+    with pytest.raises(ValueError, match=r"^positions is"):
+        scene.made(evict.Rule(scene.limits, recent, 0))

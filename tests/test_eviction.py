@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,10 +11,25 @@ import torch
 from torch import Tensor
 
 from tests.attention import fresh_seed
-from vattn.eviction import Eviction, dense_prompt
+from vattn.eviction import SCORE, Eviction, dense_prompt
 from vattn.evictor import Evictor, EvictorError, Seen, Step, best
-from vattn.evictors import CAKE, H2O, TOVA, LagKV, SlidingWindow, SnapKV, Streaming, ThinK
+from vattn.evictors import (
+    CAKE,
+    H2O,
+    TOVA,
+    Elastic,
+    LagKV,
+    Oracle,
+    PoolCounter,
+    PoolFifo,
+    RandomTokens,
+    SlidingWindow,
+    SnapKV,
+    Streaming,
+    ThinK,
+)
 from vattn.heads import HeadCache
+from vattn.kernels import stream
 from vattn.layout import LayoutError
 from vattn.selector import Caps
 
@@ -61,8 +76,80 @@ class Text:
                 out[b, some] = scores.softmax(-1) @ self.v[layer][b, h, at].double()
         return out
 
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens of every layer."""
+        for layer in range(LAYERS):
+            self.eviction.crop(layer, tokens)
+            self.k[layer], self.v[layer] = (x[layer][:, :, :-tokens] for x in (self.k, self.v))
+
     def held(self) -> set[int]:
         return {n for layer in range(LAYERS) for n in self.heads.lengths(layer).flatten().tolist()}
+
+
+class Placed(Elastic):
+    """Merges nothing: the rows stay those of the text."""
+
+    def merged(self, seen: Seen, keep: Tensor) -> None:
+        return None
+
+
+@pytest.mark.skipif(stream.available() is not None, reason=str(stream.available()))
+def test_compiled_steps_drop_what_others_drop(monkeypatch):
+    """The same rows in the same places, whoever chooses: one call of compiled loops, or worst."""
+    seed = fresh_seed()
+    future = torch.rand(LAYERS, BATCH, HEADS, 300)
+    many = [
+        H2O(budget=60),
+        TOVA(budget=60),
+        PoolFifo(budget=60),
+        PoolCounter(budget=60),
+        Streaming(budget=60),
+        SlidingWindow(budget=60),
+        RandomTokens(budget=60),
+        Oracle(budget=60, future=future),
+        Placed(budget=60, distance=9),
+    ]
+    monkeypatch.setattr("vattn.evictor.AHEAD", 16)
+    plain, called = HeadCache.forget_least, []
+
+    def counted(self: HeadCache, *given: Any) -> int | None:
+        found = plain(self, *given)
+        called.append(found)
+        return found
+
+    for evictor in many:
+        found = []
+        for way in (counted, lambda *_: None):
+            monkeypatch.setattr(HeadCache, "forget_least", way)
+            called.clear()
+            torch.manual_seed(seed)
+            text = Text(evictor)
+            text.feed(100)
+            for length in [1] * 30 + [3, 1, 2] + [1] * 12:
+                text.feed(length)
+            text.crop(2)
+            for length in [1, 4, 1, 1, 1]:
+                text.feed(length)
+            text.eviction.follow(replace(evictor, budget=50))
+            for length in [1] * 12 + [70] + [1] * 30:
+                text.feed(length)
+            if way is counted:
+                assert sum(each == BATCH * HEADS for each in called) > 100, evictor
+            found.append(text)
+        one, other = found
+        for layer in range(LAYERS):
+            assert (one.heads.lengths(layer) == other.heads.lengths(layer)).all()
+            counts = one.heads.counts(layer)
+            inside = torch.arange(int(counts.max())) < counts[..., None]
+            for name in ("position", SCORE):
+                ours, theirs = (
+                    text.heads.track(layer, name, torch.int64 if name != SCORE else torch.float32)
+                    for text in found
+                )
+                assert torch.equal(ours[inside], theirs[inside]), (evictor, name)
+        assert [kept.evicted for kept in one.eviction.kept()] == [
+            kept.evicted for kept in other.eviction.kept()
+        ]
 
 
 EVICTORS = [

@@ -9,7 +9,7 @@ import torch
 
 from tests.attention import fresh_seed
 from vattn.kernels.contract import reference as attention
-from vattn.kernels.merge import merge, reference
+from vattn.kernels.merge import join, merge, reference
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +77,28 @@ def test_a_nan_part_is_seen() -> None:
     found, _ = merge(outs, lses)
     assert found[2].isnan().all()
     assert not found[[0, 1, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("dim", [5, 8, 13, 64, 136])
+@pytest.mark.parametrize("many", [1, 2, 5])
+def test_parts_that_lie_apart(many: int, dim: int) -> None:
+    outs, lses = torch.randn(many, 3, 4, dim), 30 * torch.randn(many, 3, 4)
+    lses[torch.rand(lses.shape) < 0.3] = float("-inf")
+    lses[:, 1, 2] = float("-inf")
+    outs = outs.masked_fill((lses == float("-inf"))[..., None], float("nan"))
+    out, lse = join(list(zip(outs.unbind(0), lses.unbind(0), strict=True)))
+    whole, total = reference(outs.nan_to_num(0.0), lses)
+    torch.testing.assert_close(out.double(), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), total, atol=1e-5, rtol=1e-5)
+    assert bool((out[1, 2] == 0).all())
+
+
+def test_parts_of_other_shapes_and_types() -> None:
+    out, lse = torch.randn(2, 16), torch.randn(2)
+    with pytest.raises(ValueError, match="must be of one shape"):
+        join([(out, lse), (torch.randn(3, 16), lse)])
+    strided = torch.randn(16, 2).T
+    found, total = join([(out, lse), (strided, lse)])
+    torch.testing.assert_close(found, (out + strided) / 2)
+    torch.testing.assert_close(total, lse + torch.tensor(2.0).log())
+    assert join([(out.bfloat16(), lse)])[0].dtype == torch.bfloat16

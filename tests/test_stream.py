@@ -225,6 +225,32 @@ def test_ragged_and_causal(length: int, rows: str, window: int, cut: None) -> No
 
 
 @numba
+@pytest.mark.parametrize("length", [1, 3])
+def test_ragged_with_a_bias(length: int, cut: None) -> None:
+    lengths = [37, 4, 150]
+    query, given, pairs = ragged(lengths, length, torch.float32, "head_major")
+    bias = torch.full((3, 170), float("nan"))[:, :160]  # rows apart
+    groups = query.shape[1] // given.kv_heads
+    logits = torch.full((3, given.kv_heads, groups * length, 150), float("nan"))
+    for i, many in enumerate(lengths):
+        bias[i, :many] = torch.randn(many)
+    out, lse = stream_ragged(query, given, bias=bias, logits=logits)
+    for i, (key, value) in enumerate(pairs):
+        positions = torch.arange(lengths[i] - length, lengths[i])[:, None]
+        mask = torch.zeros(length, lengths[i]).masked_fill(
+            torch.arange(lengths[i]) > positions, -torch.inf
+        )
+        exact, exact_lse = reference(query[i : i + 1], key, value, mask + bias[i, : lengths[i]])
+        torch.testing.assert_close(out[i : i + 1].double(), exact, atol=1e-5, rtol=0)
+        torch.testing.assert_close(lse[i : i + 1].double(), exact_lse, atol=1e-5, rtol=0)
+        sums = logits[i].double().logsumexp(-1).view(exact_lse.shape)
+        torch.testing.assert_close(sums, exact_lse, atol=1e-5, rtol=0)
+    for wrong in (bias[:, :149], bias[:2], bias.double(), bias[:, None]):
+        with pytest.raises(ValueError, match=r"bias must be float32 \[3, 150\]"):
+            stream_ragged(query, given, bias=wrong)
+
+
+@numba
 @pytest.mark.parametrize("shape", [(1, 3, 4, 36), (2, 3, 4, 37), (1, 3, 37)])
 def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     query, given, _ = ragged([37], 1, torch.float32, "head_major")

@@ -443,8 +443,8 @@ class KVCache:
         be written through `reserved`, and counted by `hold`.
 
         Raises:
-            OutOfRange: rows before what a window released, or ``ends`` before the tokens that there
-            are. OutOfPages, MapLimitError, DriverError: as `extend`. No row has changed.
+            OutOfRange: rows before what a window released. OutOfPages, MapLimitError, DriverError:
+            as `extend`. No row has changed.
         """
         self._check_open()
         batch = self.batch(sequences)
@@ -452,11 +452,11 @@ class KVCache:
         self._frontiers.make_writable(batch, first, ends - first)
 
     def hold(self, sequences: Seq[Sequence] | Batch, ends: Ints) -> None:
-        """Count ``ends`` rows of each sequence, in every layer: those that were written after
-        `make_writable`.
+        """Count ``ends`` rows of each sequence, or those that there are if these are more, in every
+        layer: what was written after `make_writable`.
 
         Raises:
-            OutOfRange: rows that are not mapped, or fewer than there are (`truncate_batch`).
+            OutOfRange: rows that are not mapped.
         """
         self._check_open()
         self._frontiers.hold(self.batch(sequences), ends)

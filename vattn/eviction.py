@@ -25,7 +25,9 @@ from torch import Tensor
 from .batch import Ints
 from .evictor import Evictor, EvictorError, Kept, Seen, Step
 from .heads import HeadCache
+from .kernels import stream
 from .kernels.compact import as_rows
+from .kernels.evict import Rule
 from .kernels.kv import MOST_TOKENS
 from .layout import LayoutError
 from .sdpa import scaled_dot_product_attention
@@ -41,23 +43,27 @@ class State:
 
     prompt: Ints  # [B] tokens of the text when the last prompt ended
     fresh: Ints  # [B] tokens of the last `append`
+    scored: Ints  # [B] tokens of the text whose scores are recorded, where scores are fixed
     given: int = 0  # its rows, padding among them
     steps: int = 0
     evicted: int = 0
     target: Tensor | None = None  # [B] of that prompt
     budgets: Tensor | None = None  # [B, H] after the last prompt, once they are known
     limits: Ints | None = None  # `budgets` on the host
+    rule: Rule | None = None  # the same as compiled steps take it
     seen: Seen | None = None  # of a prompt that waits for the other layers
     scores: Tensor | None = None
 
     def hold(self, budgets: Tensor | None) -> None:
         """Set the budgets."""
-        self.budgets, self.limits = budgets, None if budgets is None else budgets.cpu().numpy()
+        self.budgets, self.rule = budgets, None
+        self.limits = None if budgets is None else budgets.cpu().numpy().astype(np.int64)
 
     def picked(self, order: list[int]) -> State:
         """The same of sequences ``order``."""
         target = None if self.target is None else self.target[order]
-        twin = replace(self, prompt=self.prompt[order], fresh=self.fresh[order], target=target)
+        prompt, fresh, scored = (each[order] for each in (self.prompt, self.fresh, self.scored))
+        twin = replace(self, prompt=prompt, fresh=fresh, scored=scored, target=target)
         twin.hold(None if self.budgets is None else self.budgets[order])
         return twin
 
@@ -95,7 +101,9 @@ class Eviction:
         self.heads.crop(layer, tokens)
         state = self._states[layer]
         budgets = state.budgets if self.evictor.cascades else None
-        self._begin(layer, np.minimum(state.prompt, self.heads.tokens[layer]))
+        left = self.heads.tokens[layer]
+        self._begin(layer, np.minimum(state.prompt, left))
+        state.scored = np.minimum(state.scored, left)
         state.hold(budgets)
 
     def follow(self, evictor: Evictor) -> None:
@@ -108,6 +116,7 @@ class Eviction:
         self._serve(evictor)
         for layer, state in enumerate(self._states):
             self._begin(layer, state.prompt)
+            state.scored = np.zeros_like(state.scored)  # those of another evictor
 
     def picked(self, heads: HeadCache, order: list[int]) -> Eviction:
         """The same over ``heads``, whose sequence i holds what sequence ``order[i]`` held here."""
@@ -229,6 +238,7 @@ class Eviction:
         found = [evictor.score(part) for part in parts]
         scores = _side_by_side(found)
         seen.score.copy_(scores.masked_fill(~seen.valid, 0.0))
+        state.scored = state.prompt
         if evictor.joint:
             state.seen, state.scores, seen.query = seen, scores, None
             if layer == self._every[-1]:
@@ -313,7 +323,7 @@ class Eviction:
 
     def _fresh(self) -> State:
         zeros = np.zeros(self.heads.batch, np.int64)
-        return State(zeros, zeros)
+        return State(zeros, zeros, zeros)
 
     def _is_prompt(self, layer: int, length: int) -> bool:
         return length > MOST_TOKENS or not self._states[layer].prompt.any()
@@ -326,9 +336,9 @@ class Eviction:
         state.steps += 1
         if logits is not None:
             self._observe(layer, length, logits, lse)
-        # By tokens, not steps: a step that failed and is taken back leaves no trace.
-        behind = int((self.heads.tokens[layer] - state.prompt).max())
-        if not evictor.decodes or behind // evictor.every == (behind - length) // evictor.every:
+        if not evictor.decodes or not self._is_due(layer, length):
+            return
+        if state.rule is not None and self._drop_least(layer, state.rule, length):
             return
         if state.budgets is None:
             state.hold(evictor.budgets(self._seen(layer, scale)))
@@ -340,16 +350,56 @@ class Eviction:
             return
         seen = self._seen(layer, scale)
         seen.fresh, seen.draft = length, draft
-        scores = evictor.rescore(seen)
+        scores = self._fixed(layer, seen) if evictor.fixed else None
         if type(evictor).choose is Evictor.choose and (excess == 1).all():
-            self._drop_one(layer, seen, evictor.worst(scores, seen))
+            rule = evictor.rule(seen, state.limits) if stream.serves(seen.score) else None
+            self._drop_one(layer, seen, evictor.worst(seen, scores))
+            state.rule = rule
             return
+        if scores is None:
+            scores = evictor.rescore(seen)
         assert state.budgets is not None
         mask = evictor.choose(scores, seen, state.budgets + draft)
         if evictor.merges:
             self._keep(layer, seen, mask)
         else:
             self._drop(layer, seen, seen.valid & ~mask)
+
+    def _is_due(self, layer: int, length: int) -> bool:
+        """Whether a step of so many tokens is one at which something may go."""
+        every = self.evictor.every
+        if every == 1:
+            return True
+        # By tokens, not steps: a step that failed and is taken back leaves no trace.
+        behind = int((self.heads.tokens[layer] - self._states[layer].prompt).max())
+        return behind // every != (behind - length) // every
+
+    def _drop_least(self, layer: int, rule: Rule, length: int) -> bool:
+        """Drop a row of each head by one compiled call, or none; False where it takes more."""
+        state, fixed = self._states[layer], self.evictor.fixed
+        tokens = self.heads.tokens[layer]
+        if self.watchers or (fixed and (length > 1 or (tokens - state.scored).max() > 1)):
+            return False
+        gone = self.heads.forget_least(layer, rule, SCORE, length - 1)
+        if gone is None:
+            return False
+        if gone:
+            state.scored = tokens.copy()
+            state.evicted += gone
+        return True
+
+    def _fixed(self, layer: int, seen: Seen) -> Tensor:
+        """Scores that never change: those of new rows are recorded. They lie behind all others, as
+        nothing has gone since the last time."""
+        state, tokens = self._states[layer], self.heads.tokens[layer]
+        new = int((tokens - state.scored).max())
+        if new < int(self.heads.lengths(layer).min()):
+            rows = seen.counts[..., None] + torch.arange(-new, 0, device=seen.counts.device)
+            seen.score.scatter_(2, rows, self.evictor.score(seen.places(-new, new)))
+        else:
+            seen.score.copy_(self.evictor.score(seen))
+        state.scored = tokens.copy()
+        return seen.score
 
     def _observe(self, layer: int, length: int, logits: Tensor, lse: Tensor | None) -> None:
         """Let the evictor see the attention of a decode step."""

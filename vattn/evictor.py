@@ -25,14 +25,18 @@ import torch
 from torch import Tensor
 
 from .allocator.errors import VattnError
+from .batch import Ints
 from .kernels import evict
 from .kernels.columns import Columns, columns, logits, padded
 from .kernels.contract import EMPTY
+from .kernels.evict import Rule
 from .kernels.kv import KV
 from .selector import Caps
 
 ALL_ROWS = 1 << 62  # every query of the prompt
 BEST = float("inf")
+AHEAD = 256  # tokens to come whose fixed scores are found at once
+CHOICES = ("rescore", "forced", "choose", "worst")
 
 
 class EvictorError(VattnError, ValueError):
@@ -154,6 +158,12 @@ class Seen:
             at = torch.arange(start, start + block.shape[2], device=block.device)
             yield first[:, None] + at, block.unflatten(0, self.counts.shape)
 
+    def places(self, first: int, many: int) -> Seen:
+        """In place of the rows ``many`` tokens from ``first`` behind the end of the text on, by
+        their positions [B, H, many] alone: for evictors whose scores are `fixed`."""
+        at = self.tokens[:, None] + torch.arange(first, first + many, device=self.tokens.device)
+        return replace(self, positions=at[:, None].expand(*self.counts.shape, many))
+
     @property
     def _bias(self) -> Tensor | None:
         """The weights' logs as `logits` takes them, [B * H, 1, n]."""
@@ -250,6 +260,9 @@ class Evictor:
     adaptive: ClassVar[bool] = False  # has no budget: what it keeps follows from the scores
     merges: ClassVar[bool] = False  # what it drops goes into what it keeps: see `merged`
     narrows: ClassVar[bool] = False  # rows that it keeps give up channels of K: see `narrowed`
+    fixed: ClassVar[bool] = (
+        False  # a score follows from position, layer and head, and never changes
+    )
 
     def __post_init__(self) -> None:
         share = isinstance(self.budget, float) and 0 < self.budget <= 1
@@ -301,8 +314,9 @@ class Evictor:
         return score
 
     def rescore(self, seen: Seen) -> Tensor:
-        """The scores when a step has to drop something: those recorded, by default."""
-        return seen.score
+        """The scores when a step has to drop something: those recorded, by default. Not called
+        where all layers' are `fixed`: those of new rows are recorded as well."""
+        return self.score(seen) if self.fixed else seen.score
 
     # ---- choosing ------------------------------------------------------------------------------
     def forced(self, seen: Seen) -> Tensor:
@@ -311,7 +325,8 @@ class Evictor:
         return (seen.positions < self.sink_tokens) | (seen.positions >= old)
 
     def recent(self, seen: Seen) -> int | Tensor:
-        """How many of the last tokens are kept in any case; [B] where sequences differ."""
+        """How many of the last tokens are kept in any case; [B] where sequences differ. It follows
+        from ``seen.target`` alone."""
         return self.recent_tokens
 
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
@@ -322,9 +337,11 @@ class Evictor:
             forced &= best(seen.positions.float().masked_fill(~forced, EMPTY), budgets)
         return best(ranked(score, forced, seen), budgets) & seen.valid
 
-    def worst(self, score: Tensor, seen: Seen) -> Tensor:
-        """The row that each head drops where it drops one, [B, H]: the least of the others; of
-        equals the last. Where all are to be kept in any case, the oldest."""
+    def worst(self, seen: Seen, score: Tensor | None = None) -> Tensor:
+        """The row that each head drops where it drops one, [B, H]: the least of the others, by
+        ``score`` or else by `rescore`; of equals the last. Where all are to be kept in any case,
+        the oldest."""
+        score = self.rescore(seen) if score is None else score
         given = score, seen.counts, seen.positions
         if type(self).forced is not Evictor.forced:
             return evict.least(*given, 0, seen.tokens, self.forced(seen))
@@ -342,6 +359,24 @@ class Evictor:
         channels of K that they keep, [B, H, D'] int64 ascending; a layer that has narrow rows keeps
         the channels it has. None: no row."""
         return None
+
+    def rule(self, seen: Seen, limits: Ints) -> Rule | None:
+        """What `worst` goes by at the steps to come, where it is scores, first tokens and last ones
+        alone: such a step is one compiled call. ``limits`` [B, H]: rows that heads are to hold.
+        None: it is to be asked."""
+        own = type(self)
+        if any(getattr(own, name) is not getattr(Evictor, name) for name in CHOICES):
+            return None
+        if not self.fixed:
+            return Rule(limits, self._recent(seen), self.sink_tokens)
+        ahead = self.score(seen.places(0, AHEAD)).contiguous()
+        first = seen.tokens.cpu().numpy()
+        return Rule(limits, self._recent(seen), self.sink_tokens, ahead=ahead, ahead_from=first)
+
+    def _recent(self, seen: Seen) -> Ints:
+        """`recent` of each sequence, on the host."""
+        found = torch.as_tensor(self.recent(seen), dtype=torch.int64).cpu()
+        return found.expand(len(seen.tokens)).contiguous().numpy()
 
     # ---- across layers -------------------------------------------------------------------------
     def preference(self, seen: Seen) -> Tensor:

@@ -26,7 +26,7 @@ from .cache import ALL, CopyRefused
 from .device import place_of
 from .kernels import stream
 from .kernels.compact import as_rows, compact
-from .kernels.evict import fill
+from .kernels.evict import DropLeast, Lines, Rule
 from .kernels.kv import KV
 from .layout import Layout, LayoutError
 from .narrow import NarrowRows, check_masks
@@ -94,6 +94,8 @@ class HeadCache:
         self.tracks: list[dict[str, Track]] = [{} for _ in range(layers)]
         self.tokens = np.zeros((layers, batch), np.int64)  # seen, kept or not
         self.narrowed: NarrowRows | None = None  # see `narrow`
+        # Of each layer what `forget_least` did last, for as long as rule and tracks stay.
+        self._prepared: list[tuple[Rule, list[Lines], DropLeast] | None] = [None] * layers
 
     # ---- what there is -------------------------------------------------------------------------
     def lengths(self, layer: int) -> Ints:
@@ -145,6 +147,7 @@ class HeadCache:
 
     def stats(self) -> Usage:
         """See `KVCache.stats`; narrow rows are counted."""
+        self.ranges.settle()
         usage = self.cache.stats()
         return usage if self.narrowed is None else self.narrowed.added_to(usage)
 
@@ -350,24 +353,41 @@ class HeadCache:
         Raises:
             KeepError: a head holds no such row. Otherwise as `forget`.
         """
-        ranges, lengths = self.ranges, self.ranges.lengths(layer)
-        wrong = rows.dtype != torch.int64 or rows.shape != lengths.shape
-        waits = wrong or rows.is_cpu or not trusted
-        found = rows.cpu().numpy() if waits else np.zeros_like(lengths)
-        if wrong or ((found < -1) | (found >= lengths)).any():
-            limits, kind = (lengths - 1).tolist(), rows.dtype
-            raise KeepError(
-                f"rows {found.tolist()} of {kind} to forget are not int64 in 0..{limits}, or -1"
-            )
-        if not lengths.all():  # a range without a row may have no page, and is not to be read
-            at = torch.arange(int(lengths.max()), device=self.device)
-            self.forget(layer, at == rows[..., None])
-            return
-        ranges.unshare(layer)
-        longest, last = self.longest(layer), torch.from_numpy(lengths - 1).to(self.device)
-        tracks = [track.side(longest) for track in self.tracks[layer].values()]
-        fill([*ranges.sides(layer), *tracks], rows, last)
-        ranges.cut(layer, lengths - (found >= 0))
+        longest = self.longest(layer)
+        self.ranges.unshare(layer)
+        beside = [track.lines(longest) for track in self.tracks[layer].values()]
+        try:
+            self.ranges.drop(layer, rows, beside, trusted=trusted)
+        except ValueError as error:
+            raise KeepError(str(error)) from error
+
+    def forget_least(self, layer: int, rule: Rule, score: str, draft: int = 0) -> int | None:
+        """`forget_one` of the rows that a rule names by a track of scores, choice and all by one
+        compiled call: a decode step at its budget. Returns how many went; None, without a change,
+        where it cannot be: on a device or without numba, where pages are shared, where heads hold
+        another number of rows than one too many (the last ``draft`` tokens apart), and where
+        ``rule.ahead`` does not reach as far.
+        """
+        tracks, longest = self.tracks[layer], self.longest(layer)
+        if score not in tracks or not stream.serves(self.ranges.key) or self.ranges.shared(layer):
+            return None
+        beside = [track.lines(longest) for track in tracks.values()]
+        known = self._prepared[layer]
+        if known is None or known[0] is not rule or known[1] != beside:
+            known = self._prepared[layer] = rule, beside, self._prepare(layer, rule, score, beside)
+        gone = known[2](draft)
+        if gone > 0:
+            self.ranges.dropped(layer)
+        return None if gone < 0 else gone
+
+    def _prepare(self, layer: int, rule: Rule, score: str, beside: list[Lines]) -> DropLeast:
+        named = dict(zip(self.tracks[layer], beside, strict=True))
+        shape = self.batch, self.kv_heads
+        scores, positions = (
+            named[name].rows[..., 0].unflatten(0, shape) for name in (score, "position")
+        )
+        lengths, lines = self.ranges.lengths(layer), [*self.ranges.lines(layer), *beside]
+        return DropLeast(rule, lengths, self.tokens[layer], scores, positions, lines)
 
     def forget(self, layer: int, drop: Tensor) -> None:
         """Drop the rows of a mask [batch, kv_heads, n]: the last rows take their places. What a
@@ -438,6 +458,7 @@ class HeadCache:
 
     def release(self) -> int:
         """Give pages without a row back to the pool; returns how many went."""
+        self.ranges.settle()
         gone = self.cache.reclaim(ALL)
         if self.narrowed is not None:
             gone += self.narrowed.reclaim(ALL)

@@ -2,7 +2,7 @@
 
 The ranges of a layer are sequences of one KV head: rows of a query here are [ranges, G, L, D].
 
-    weights      rows that stand for several tokens: every row is chosen, its log joins the score
+    weights      rows that stand for several tokens: the log of their number joins the score
     narrow rows  see `narrow_attention`
     others       the stream kernel on a CPU, Triton's on a device; elsewhere torch's, head by head
 """
@@ -32,13 +32,13 @@ Pair = tuple[Tensor, Tensor]
 def attend_lse(heads: HeadCache, rows: Tensor, layer: int, scale: float | None) -> Pair:
     """See `HeadCache.attend_lse`."""
     logs, narrow = heads.log_weights(layer), heads.narrow_rows(layer)
-    if logs is not None:
-        return _weighted(heads, rows, layer, scale, logs)
     if narrow is not None:
         heads.check_last(layer, rows.shape[2])
-        return narrow_attention.attend_lse(rows, heads.kv(layer), narrow, layer, scale)
+        return narrow_attention.attend_lse(heads, rows, narrow, layer, scale)
     if streams(rows):
         return streamed(heads, rows, layer, scale)
+    if logs is not None:
+        return _weighted(heads, rows, layer, scale, logs)
     heads.check_last(layer, rows.shape[2])
     return narrow_attention.read(rows, heads.kv(layer), scale)
 
@@ -47,9 +47,9 @@ def attend_logits(
     heads: HeadCache, rows: Tensor, layer: int, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `HeadCache.attend_logits`."""
-    several = heads.log_weights(layer) is not None or heads.narrow_rows(layer) is not None
-    launches = rows.is_cuda and rows.shape[2] <= MOST_TOKENS
-    if several or not (streams(rows) or launches):
+    narrow, weighted = heads.narrow_rows(layer) is not None, heads.log_weights(layer) is not None
+    launches = rows.is_cuda and rows.shape[2] <= MOST_TOKENS and not weighted
+    if narrow or not (streams(rows) or launches):
         return *attend_lse(heads, rows, layer, scale), logits(heads, rows, layer, scale)
     shape = len(rows), 1, rows.shape[1] * rows.shape[2], heads.longest(layer)
     found = torch.empty(shape, dtype=torch.float32, device=rows.device)
@@ -76,7 +76,9 @@ def streamed(
 ) -> Pair:
     """By the stream kernel, which tells its logits."""
     heads.check_last(layer, rows.shape[2])
-    return stream.stream_ragged(plain_rows(rows), heads.rows(layer), scale=scale, logits=told)
+    logs, where = heads.log_weights(layer), heads.rows(layer)
+    bias = None if logs is None else logs.flatten(0, 1)
+    return stream.stream_ragged(plain_rows(rows), where, scale=scale, logits=told, bias=bias)
 
 
 def launched(heads: HeadCache, rows: Tensor, layer: int, scale: float | None, told: Tensor) -> Pair:
@@ -90,6 +92,7 @@ def launched(heads: HeadCache, rows: Tensor, layer: int, scale: float | None, to
 def _weighted(
     heads: HeadCache, rows: Tensor, layer: int, scale: float | None, logs: Tensor
 ) -> Pair:
+    """Every row is chosen, and the logs are its scores' weights."""
     kv, logs = heads.kv(layer), logs.flatten(0, 1)[:, None]
     ids = torch.arange(logs.shape[2], dtype=torch.int32, device=rows.device)
     assert kv.lengths is not None

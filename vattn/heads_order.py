@@ -27,7 +27,7 @@ def reorder(heads: HeadCache, order: list[int]) -> None:
         raise
     if narrowed is not None and table is not None:
         narrowed.adopt(table, order)
-    heads.tokens = heads.tokens[:, order]
+    heads.tokens[:] = heads.tokens[:, order]
     for layer in range(heads.layers):
         heads.tracks[layer] = _tracks(heads, layer, order)
 

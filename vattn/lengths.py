@@ -93,7 +93,7 @@ class Lengths:
         """
         ends = lengths + counts
         if np.logical_or.reduce(ends > self.room[batch.pick]):
-            self.extend(batch, ends - self.tokens[batch.slots])
+            self.extend(batch, np.maximum(ends - self.tokens[batch.slots], 0))
         self.unshare(batch, lengths, ends)
 
     def unshare(self, batch: Batch, lengths: Ints, ends: Ints) -> None:
@@ -165,27 +165,24 @@ class Lengths:
         self.tokens[slots] = self.lengths[slots].max(axis=1)
 
     def check_rows(self, batch: Batch, first: Ints, ends: Ints) -> None:
-        """Raise OutOfRange unless rows ``first .. ends`` reach to the tokens' end or beyond it, and
-        begin behind what a window released."""
+        """Raise OutOfRange unless rows ``first .. ends`` begin behind what a window released."""
         starts = np.maximum.reduce(self.starts[batch.pick], axis=1)
-        if np.logical_or.reduce(
-            (first < starts) | (first > ends) | (ends < self.tokens[batch.pick])
-        ):
+        if np.logical_or.reduce((first < starts) | (first > ends)):
             raise OutOfRange(
-                f"rows {first.tolist()} to {ends.tolist()} cannot be written: must begin behind "
-                f"{starts.tolist()} and end behind {self.tokens[batch.pick].tolist()}"
+                f"rows {first.tolist()} to {ends.tolist()} cannot be written: must ascend, and "
+                f"begin behind {starts.tolist()}"
             )
 
     def hold(self, batch: Batch, ends: Ints) -> None:
         """See `KVCache.hold`."""
-        wrong = (ends > self.room[batch.pick]) | (ends < self.tokens[batch.pick])
-        if np.logical_or.reduce(wrong):
+        if np.logical_or.reduce(ends > self.room[batch.pick]):
             raise OutOfRange(
-                f"cannot hold {ends.tolist()} rows: {self.tokens[batch.pick].tolist()} are there "
-                f"and {self.room[batch.pick].tolist()} mapped; make_writable() first"
+                f"cannot hold {ends.tolist()} rows: {self.room[batch.pick].tolist()} are mapped; "
+                "make_writable() first"
             )
-        self.lengths[batch.pick] = ends[:, None]
-        self.tokens[batch.pick] = ends
+        most = np.maximum(ends, self.tokens[batch.pick])
+        self.lengths[batch.pick] = most[:, None]
+        self.tokens[batch.pick] = most
 
     def truncate(self, batch: Batch, which: slice, tokens: Ints) -> None:
         """See `KVCache.truncate` and `truncate_batch`."""

@@ -28,6 +28,7 @@ from .allocator.arena import Arena
 from .allocator.errors import OutOfRange, VattnError
 from .batch import Ints
 from .cache import ALL, KVCache
+from .kernels import stream
 from .kernels.kv import KV
 from .layout import Layout
 from .reclaimer import enlist
@@ -54,6 +55,10 @@ class Side:
     def pages(self, tokens: Ints) -> Ints:
         """Pages that hold so many rows each."""
         return -(-tokens * self.layout.row_bytes // self.layout.page)
+
+    def places(self, slots: Ints) -> Ints:
+        """Addresses of the first rows of slots."""
+        return self.rows.data_ptr() + slots * self.layout.slot_bytes
 
     def trim(self, slots: Ints, pages: Ints, *, quiesced: bool = False) -> int:
         """Keep so many pages of each slot at most; returns how many went."""
@@ -125,6 +130,21 @@ class NarrowRows:
         device = self.cache.device
         lengths, of = (torch.from_numpy(x).to(device) for x in (self.lengths[slots], slots.copy()))
         return KV(self.key.rows, self.value.rows, lengths, slots=of)
+
+    def rows(self, layer: int) -> stream.Rows:
+        """The same as the stream kernel takes it."""
+        slots, key, value = self.slots[layer].ravel(), self.key, self.value
+        return stream.Rows(
+            key.places(slots),
+            value.places(slots),
+            self.lengths[slots],
+            1,
+            0,
+            key.layout.row_bytes,
+            keep=self,
+            value_dim=value.rows.shape[3],
+            value_bytes=value.layout.row_bytes,
+        )
 
     def places(self, layer: int, positions: Tensor, counts: Ints) -> Tensor:
         """Positions of all rows that are held, the narrow ones first, [batch, kv_heads, n];

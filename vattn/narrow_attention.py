@@ -11,7 +11,8 @@ Prompts are read over a copy of the layer, in which channels that were given up 
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -19,26 +20,28 @@ from . import ragged
 from .kernels import stream
 from .kernels.contract import plain_rows
 from .kernels.kv import KV, MOST_TOKENS
-from .kernels.merge import merge
+from .kernels.merge import join
 from .kernels.scores import Scores
 from .narrow import NarrowRows
 from .sdpa_gpu import over_lanes
 
+if TYPE_CHECKING:
+    from .heads import HeadCache
+
 
 def attend_lse(
-    query: Tensor, kv: KV, narrow: NarrowRows, layer: int, scale: float | None
+    heads: HeadCache, query: Tensor, narrow: NarrowRows, layer: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend to a layer with narrow rows: query [ranges, G, L, D], ``kv`` the other rows, at least
-    L in each range. Returns the same shape and the log-sum-exp [ranges, G, L]."""
+    """Attend to a layer with narrow rows: query [ranges, G, L, D], of other rows at least L in each
+    range. Returns the same shape and the log-sum-exp [ranges, G, L]."""
     factor = query.shape[3] ** -0.5 if scale is None else float(scale)
     if ragged.streams(query):
-        parts = streamed(query, kv, narrow, layer, factor)
+        parts = streamed(heads, query, narrow, layer, factor)
     elif query.is_cuda and query.shape[2] <= MOST_TOKENS:
-        parts = launched(query, kv, narrow, layer, factor)
+        parts = launched(query, heads.kv(layer), narrow, layer, factor)
     else:
-        return read(query, rebuilt(kv, narrow, layer), factor)
-    outs, lses = (torch.stack(pair) for pair in zip(*parts, strict=True))
-    out, lse = merge(outs, lses)
+        return read(query, rebuilt(heads.kv(layer), narrow, layer), factor)
+    out, lse = join(parts)
     return out.to(query.dtype), lse
 
 
@@ -64,13 +67,13 @@ def rebuilt(kv: KV, narrow: NarrowRows, layer: int) -> KV:
 
 
 def streamed(
-    query: Tensor, kv: KV, narrow: NarrowRows, layer: int, scale: float
+    heads: HeadCache, query: Tensor, narrow: NarrowRows, layer: int, scale: float
 ) -> list[tuple[Tensor, Tensor]]:
     """Both parts by the stream kernel, in float32."""
-    few, some = narrow.kv(layer), _gathered(query, narrow, layer)
+    some, few, others = _gathered(query, narrow, layer), narrow.rows(layer), heads.rows(layer)
     return [
-        stream.stream_ragged(some, _places(few), scale=scale, causal=False, exact=True),
-        stream.stream_ragged(plain_rows(query), _places(kv), scale=scale, exact=True),
+        stream.stream_ragged(some, few, scale=scale, causal=False, exact=True),
+        stream.stream_ragged(plain_rows(query), others, scale=scale, exact=True),
     ]
 
 
@@ -111,29 +114,6 @@ def _gathered(query: Tensor, narrow: NarrowRows, layer: int) -> Tensor:
     assert channels is not None
     where = channels.flatten(0, 1)[:, None, None]
     return query.gather(3, where.expand(*query.shape[:3], -1))
-
-
-def _places(kv: KV) -> stream.Rows:
-    """Where the rows of ranges of one KV head lie, as the stream kernel takes it."""
-    assert kv.slots is not None
-    assert kv.lengths is not None
-    slots, lengths = (np.ascontiguousarray(x.numpy(), np.int64) for x in (kv.slots, kv.lengths))
-    k, v = (
-        side.data_ptr() + slots * (side.stride(0) * side.element_size())
-        for side in (kv.key, kv.value)
-    )
-    item = kv.key.element_size()
-    return stream.Rows(
-        k,
-        v,
-        lengths,
-        1,
-        0,
-        kv.key.stride(2) * item,
-        keep=kv,
-        value_dim=kv.value.shape[3],
-        value_bytes=kv.value.stride(2) * item,
-    )
 
 
 def _slots(kv: KV) -> list[int]:

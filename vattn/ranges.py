@@ -30,9 +30,11 @@ from .cache import KVCache
 from .device import cannot_launch
 from .kernels import stream
 from .kernels.contract import plain_rows
-from .kernels.evict import Side, scatter
+from .kernels.evict import Lines, drop, scatter
 from .kernels.kv import KV
 from .layout import Layout, LayoutError
+
+SPARE = 1  # rows of a range that stay counted when a step has dropped them
 
 
 class Ranges:
@@ -71,6 +73,7 @@ class Ranges:
             every = self.cache.open_batch(self.layers * many)
             parts = range(0, len(every), many)
             self._batches = [self.cache.batch(every[at : at + many]) for at in parts]
+            self._every = self.cache.batch(every)
             self._sides = self.cache.reserved(0)
         except BaseException:
             self.cache.close()
@@ -92,7 +95,8 @@ class Ranges:
                 )
                 for side in self._sides
             )  # fmt: skip
-            self._lines = self.key[:, 0], self.value[:, 0]
+            sides = self.key[:, 0], self.value[:, 0]
+        self._lines = [[Lines(side, where) for side in sides] for where in self._where]
         step_bytes = each * layout.item_bytes
         self._places = [side.data_ptr() + self._units * step_bytes for side in self._sides]
 
@@ -195,18 +199,45 @@ class Ranges:
         self.cache.hold(self._of(layer), self._most(ends))
         self._lengths[layer] = ends
 
+    def drop(self, layer: int, rows: Tensor, beside: list[Lines], *, trusted: bool = False) -> None:
+        """Drop one row of each head and what lies ``beside`` it, see `kernels.evict.drop`: the last
+        takes its place. Its page stays counted for the row that comes with the next step.
+
+        Raises:
+            ValueError: a head has no such row. Nothing has changed.
+        """
+        self.check_open()
+        drop([*self._lines[layer], *beside], rows, self._lengths[layer], trusted=trusted)
+        self.dropped(layer)
+
+    def dropped(self, layer: int) -> None:
+        """One row of each head is gone, and ``lengths`` has been written to."""
+        pick = self._batches[layer].pick
+        if np.logical_or.reduce(self.cache.tokens[pick] > self._most(self._lengths[layer]) + SPARE):
+            self.cut(layer, self._lengths[layer])
+
+    def lines(self, layer: int) -> list[Lines]:
+        """K and V as `kernels.evict.drop` moves rows in them."""
+        return self._lines[layer]
+
+    def shared(self, layer: int) -> bool:
+        """Whether another sequence may share pages of this layer."""
+        reach = self.cache.arena.shared_to[self._of(layer).pick]
+        return bool(np.logical_or.reduce(reach))
+
     def cut(self, layer: int, ends: Ints) -> None:
         """Count fewer rows; pages stay mapped until `KVCache.reclaim`."""
         self.cache.truncate_batch(self._of(layer), self._most(ends))
         self._lengths[layer] = ends
 
+    def settle(self) -> None:
+        """Count no row but those that there are, in every layer."""
+        self.check_open()
+        self.cache.truncate_batch(self.cache.batch(self._every), self._most(self._lengths))
+
     def unshare(self, layer: int) -> None:
         """See `KVCache.unshare`."""
         self.cache.unshare(self._of(layer))
-
-    def sides(self, layer: int) -> list[Side]:
-        """K and V as `kernels.evict.fill` moves rows in them."""
-        return [Side(lines, self._where[layer]) for lines in self._lines]
 
     def reorder(self, order: list[int]) -> None:
         """Sequence i gets what sequence ``order[i]`` holds: pages are remapped.
@@ -214,9 +245,10 @@ class Ranges:
         Raises:
             OutOfPages, MapLimitError, DriverError: as `KVCache.reorder`; nothing has changed.
         """
+        self.settle()
         slots = np.arange(self.cache.slots).reshape(self.layers, self.batch, self.groups)
         self.cache.reorder(self.cache.sequences, slots[:, order].ravel().tolist())
-        self._lengths = self._lengths[:, order]
+        self._lengths[:] = self._lengths[:, order]
 
     # ---- checks --------------------------------------------------------------------------------
     def check_open(self) -> None:
@@ -231,7 +263,8 @@ class Ranges:
         """Assert every law. For tests."""
         self.cache.check()
         for layer, batch in enumerate(self._batches):
-            assert bool((self.cache.tokens[batch.slots] == self._most(self._lengths[layer])).all())
+            spare = self.cache.tokens[batch.slots] - self._most(self._lengths[layer])
+            assert bool(((spare >= 0) & (spare <= SPARE)).all())
 
     # ---- inside --------------------------------------------------------------------------------
     def _of(self, layer: int) -> Batch:

@@ -8,10 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vattn.batch import Ints
 from vattn.evictor import BEST, Evictor, EvictorError, Seen, Step
+from vattn.kernels.evict import Rule
 from vattn.selector import Caps
 
-TRAITS = ("decodes", "watches", "cascades", "joint", "adaptive", "merges", "narrows")
+TRAITS = ("decodes", "watches", "cascades", "joint", "adaptive", "merges", "narrows", "fixed")
 FIELDS = tuple(each.name for each in fields(Evictor))
 
 
@@ -67,8 +69,11 @@ class Wrapper(Evictor):
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
         return self.base.choose(score, seen, budgets)
 
-    def worst(self, score: Tensor, seen: Seen) -> Tensor:
-        return self.base.worst(score, seen)
+    def worst(self, seen: Seen, score: Tensor | None = None) -> Tensor:
+        return self.base.worst(seen, score)
+
+    def rule(self, seen: Seen, limits: Ints) -> Rule | None:
+        return self.base.rule(seen, limits)
 
     def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         return self.base.merged(seen, keep)
@@ -120,8 +125,12 @@ class Protected(Wrapper):
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
         return self.base.choose(self._raised(score, seen), seen, budgets)
 
-    def worst(self, score: Tensor, seen: Seen) -> Tensor:
-        return self.base.worst(self._raised(score, seen), seen)
+    def worst(self, seen: Seen, score: Tensor | None = None) -> Tensor:
+        score = self.rescore(seen) if score is None else score
+        return self.base.worst(seen, self._raised(score, seen))
+
+    def rule(self, seen: Seen, limits: Ints) -> Rule | None:
+        return None
 
     def choose_jointly(
         self, scores: list[Tensor], seen: list[Seen], target: Tensor
@@ -187,6 +196,7 @@ class PerLayer(Evictor):
             "caps": Caps(evidence, "token", scope),
         }
         common |= {name: any(getattr(each, name) for each in all_of) for name in TRAITS}
+        common["fixed"] = all(each.fixed for each in all_of)
         for name, value in common.items():
             object.__setattr__(self, name, value)
         super().__post_init__()
@@ -232,8 +242,11 @@ class PerLayer(Evictor):
         one = self.of(seen.layer)
         return seen.valid if self._rests(seen) else one.choose(score, seen, budgets)
 
-    def worst(self, score: Tensor, seen: Seen) -> Tensor:
-        return self.of(seen.layer).worst(score, seen)
+    def worst(self, seen: Seen, score: Tensor | None = None) -> Tensor:
+        return self.of(seen.layer).worst(seen, score)
+
+    def rule(self, seen: Seen, limits: Ints) -> Rule | None:
+        return self.of(seen.layer).rule(seen, limits)
 
     def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         return self.of(seen.layer).merged(seen, keep)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vattn.batch import Ints
 from vattn.evictor import ALL_ROWS, Evictor, EvictorError, Seen
 from vattn.evictors.combined import Wrapper
 from vattn.evictors.order import by_text, ranks
 from vattn.kernels.columns import SCORES
 from vattn.kernels.contract import EMPTY
+from vattn.kernels.evict import Rule
 from vattn.selector import Caps
 
 FAR = 1 << 40  # beyond any position
@@ -58,6 +61,14 @@ class Elastic(Evictor):
     def rescore(self, seen: Seen) -> Tensor:
         from_end = seen.counts[..., None] - seen.draft - ranks(by_text(seen))
         return (from_end - self.distance).abs().float()
+
+    def rule(self, seen: Seen, limits: Ints) -> Rule | None:
+        newest = seen.valid & (seen.age >= 0) & (seen.age < self.distance)
+        if self.distance <= self.recent_tokens or bool((newest.sum(-1) < self.distance).any()):
+            return None
+        # From here on a place in the text is a place among the rows, as no other row goes.
+        recent = np.full(len(seen.tokens), self.distance - 1, np.int64)
+        return Rule(limits, recent, self.sink_tokens, within=1)
 
     def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, None] | None:
         if seen.query is None:  # a step

@@ -32,6 +32,7 @@ class Oracle(Evictor):
     source: ClassVar[str] = "bound"
     summary: ClassVar[str] = "attention of queries to come, recorded"
     decodes: ClassVar[bool] = True
+    fixed: ClassVar[bool] = True
 
     # Tensors have no truth value to compare by.
     __eq__ = object.__eq__
@@ -50,9 +51,6 @@ class Oracle(Evictor):
                 f"future is of {len(self.future)} layers: the cache has {seen.layers}"
             )
         return by_position(self.future[seen.layer], seen)
-
-    def rescore(self, seen: Seen) -> Tensor:
-        return self.score(seen)
 
 
 def by_position(recorded: Tensor, seen: Seen) -> Tensor:

@@ -34,6 +34,7 @@ class RandomTokens(Evictor):
     source: ClassVar[str] = "baseline"
     summary: ClassVar[str] = "by lot"
     decodes: ClassVar[bool] = True
+    fixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,9 +47,6 @@ class RandomTokens(Evictor):
         for part in (seen.layer, heads, seen.positions):
             key = mixed(key + part)
         return key.float()
-
-    def rescore(self, seen: Seen) -> Tensor:
-        return self.score(seen)
 
 
 def mixed(x: Tensor) -> Tensor:

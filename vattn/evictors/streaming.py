@@ -23,12 +23,10 @@ class Streaming(Evictor):
     source: ClassVar[str] = "arXiv 2309.17453"
     summary: ClassVar[str] = "the first tokens and the last ones"
     decodes: ClassVar[bool] = True
+    fixed: ClassVar[bool] = True
 
     def score(self, seen: Seen) -> Tensor:
         return seen.positions.float()
-
-    def rescore(self, seen: Seen) -> Tensor:
-        return self.score(seen)
 
 
 @dataclass(frozen=True, kw_only=True)
