@@ -142,7 +142,7 @@ def drop(
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """Who goes at a step where every head holds one row more than its limit.
+    """Who goes at a step where heads hold one row more than their limits.
 
     Args:
         limits: [B, H] rows that a head is to hold.
@@ -210,10 +210,10 @@ class DropLeast:
         self._at = self._words.buffer_info()[0]
 
     def __call__(self, draft: int = 0) -> int:
-        """Drop one row of each head, the last ``draft`` tokens apart, which are held beyond the
-        limits. Returns how many went; 0 where none is too many, and -1, without a change, where
-        some head holds another number than one too many, where ``ahead`` does not reach as far, or
-        where there is nothing ``within``."""
+        """Drop a row of each head that holds one too many, the last ``draft`` tokens apart, which
+        are held beyond the limits. Returns how many went; -1, without a change, where a head holds
+        more than one too many, where ``ahead`` does not reach as far, or where there is nothing
+        ``within``."""
         return int(self._run(self._at, draft))
 
 

@@ -144,42 +144,41 @@ def compiled(sources: int) -> Any:
     def drop_least(words: int, draft: int) -> int:
         """See `evict.DropLeast`: rows that went, or -1."""
         c = call_at(words)
-        many, moves = c.batch * c.heads, False
+        many, gone = c.batch * c.heads, 0
         if not sources:
             return -1
         for i in range(many):
-            excess = v.integer(c.counts + 8 * i) - v.integer(c.limits + 8 * i) - draft
-            moves = moves or excess > 0
-        if not moves:
-            return 0
-        for i in range(many):
             count = v.integer(c.counts + 8 * i)
-            if count - v.integer(c.limits + 8 * i) - draft != 1 or count < 1:
+            excess = count - v.integer(c.limits + 8 * i) - draft
+            if excess > 1 or (excess > 0 and count < 1):
                 return -1
-            at = v.integer(c.tokens + 8 * (i // c.heads)) - 1
-            if (
-                c.ahead
-                and not 0 <= at - v.integer(c.ahead_from + 8 * (i // c.heads)) < c.ahead_tokens
-            ):
-                return -1
+            gone += 1 if excess > 0 else 0
+        if gone == 0:
+            return 0
         for i in range(many):
             b, h = i // c.heads, i % c.heads
             line = c.score + b * c.score_batch + h * c.score_head
             place = c.positions + b * c.positions_batch + h * c.positions_head
             count, tokens = v.integer(c.counts + 8 * i), v.integer(c.tokens + 8 * b)
-            if c.ahead:
+            if c.ahead and count > 0:
                 at = tokens - 1 - v.integer(c.ahead_from + 8 * b)
+                if not 0 <= at < c.ahead_tokens:
+                    return -1
                 known = v.read(v.F32, c.ahead + 4 * (i * c.ahead_tokens + at))
                 v.write(line + 4 * (count - 1), known)
-            end = tokens - draft - v.integer(c.recent + 8 * b)
-            first = max(c.first, end - c.within) if c.within else c.first
-            row = least_of(line, place, 0, count, first, end)
-            if c.within and not first <= v.integer(place + 8 * row) < end:
-                return -1
+            row = -1
+            if count - v.integer(c.limits + 8 * i) - draft > 0:
+                end = tokens - draft - v.integer(c.recent + 8 * b)
+                first = max(c.first, end - c.within) if c.within else c.first
+                row = least_of(line, place, 0, count, first, end)
+                if c.within and not first <= v.integer(place + 8 * row) < end:
+                    return -1
             write_integer(c.rows + 8 * i, row)
         for i in range(many):
-            drop_of(c.sides, c.lines, i, v.integer(c.rows + 8 * i), c.counts + 8 * i)
-        return many
+            row = v.integer(c.rows + 8 * i)
+            if row >= 0:
+                drop_of(c.sides, c.lines, i, row, c.counts + 8 * i)
+        return gone
 
     @kept
     def scatter(

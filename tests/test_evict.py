@@ -217,6 +217,19 @@ def test_the_least_goes_by_one_call(draft: int) -> None:
 
 
 @LOOPS
+def test_only_heads_beyond_their_limits_lose_a_row() -> None:
+    fresh_seed()
+    scene = Scene()
+    scene.limits[0] += 1
+    scene.limits[1, 1] = 1 << 62
+    counts, before = scene.counts.copy(), scene.side.clone()
+    assert scene.made(evict.Rule(scene.limits, np.zeros(2, np.int64), 0))() == 2
+    assert (counts - scene.counts).tolist() == [[0, 0, 0], [1, 0, 1]]
+    for slot in scene.slots[scene.limits == counts].tolist():
+        assert torch.equal(scene.side[slot], before[slot])
+
+
+@LOOPS
 def test_scores_that_are_known_before_tokens_come() -> None:
     fresh_seed()
     scene, ahead = Scene(), torch.rand(2, 3, 4)

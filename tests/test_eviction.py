@@ -17,12 +17,14 @@ from vattn.evictors import (
     CAKE,
     H2O,
     TOVA,
+    DuoAttention,
     Elastic,
     LagKV,
     Oracle,
     PoolCounter,
     PoolFifo,
     RandomTokens,
+    SimLayerKV,
     SlidingWindow,
     SnapKV,
     Streaming,
@@ -93,6 +95,13 @@ class Placed(Elastic):
         return None
 
 
+class Uneven(H2O):
+    """Heads reach their budgets one after the other."""
+
+    def budgets(self, seen: Seen) -> Tensor:
+        return seen.target[:, None] + 6 * torch.arange(seen.counts.shape[1])
+
+
 @pytest.mark.skipif(stream.available() is not None, reason=str(stream.available()))
 def test_compiled_steps_drop_what_others_drop(monkeypatch):
     """The same rows in the same places, whoever chooses: one call of compiled loops, or worst."""
@@ -108,6 +117,9 @@ def test_compiled_steps_drop_what_others_drop(monkeypatch):
         RandomTokens(budget=60),
         Oracle(budget=60, future=future),
         Placed(budget=60, distance=9),
+        Uneven(budget=60),
+        DuoAttention(retrieval=((0, 1), (1, 0)), sink_tokens=3, recent_tokens=20),
+        SimLayerKV(sink_tokens=2, recent_tokens=30, threshold=0.3),
     ]
     monkeypatch.setattr("vattn.evictor.AHEAD", 16)
     plain, called = HeadCache.forget_least, []
@@ -130,11 +142,11 @@ def test_compiled_steps_drop_what_others_drop(monkeypatch):
             text.crop(2)
             for length in [1, 4, 1, 1, 1]:
                 text.feed(length)
-            text.eviction.follow(replace(evictor, budget=50))
+            text.eviction.follow(replace(evictor, recent_tokens=evictor.recent_tokens + 1))
             for length in [1] * 12 + [70] + [1] * 30:
                 text.feed(length)
             if way is counted:
-                assert sum(each == BATCH * HEADS for each in called) > 100, evictor
+                assert sum(bool(each) for each in called) > 50, (evictor, called)
             found.append(text)
         one, other = found
         for layer in range(LAYERS):

@@ -351,10 +351,10 @@ class Eviction:
         seen = self._seen(layer, scale)
         seen.fresh, seen.draft = length, draft
         scores = self._fixed(layer, seen) if evictor.fixed else None
+        if evictor.every == 1 and stream.serves(seen.score):
+            state.rule = evictor.rule(seen, state.limits)
         if type(evictor).choose is Evictor.choose and (excess == 1).all():
-            rule = evictor.rule(seen, state.limits) if stream.serves(seen.score) else None
             self._drop_one(layer, seen, evictor.worst(seen, scores))
-            state.rule = rule
             return
         if scores is None:
             scores = evictor.rescore(seen)

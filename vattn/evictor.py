@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -361,9 +362,9 @@ class Evictor:
         return None
 
     def rule(self, seen: Seen, limits: Ints) -> Rule | None:
-        """What `worst` goes by at the steps to come, where it is scores, first tokens and last ones
-        alone: such a step is one compiled call. ``limits`` [B, H]: rows that heads are to hold.
-        None: it is to be asked."""
+        """What `choose` and `worst` go by at the steps to come, where it is recorded scores, first
+        tokens and last ones alone: such a step is one compiled call. ``limits`` [B, H]: rows that
+        heads are to hold. None: they are to be asked."""
         own = type(self)
         if any(getattr(own, name) is not getattr(Evictor, name) for name in CHOICES):
             return None
@@ -372,6 +373,13 @@ class Evictor:
         ahead = self.score(seen.places(0, AHEAD)).contiguous()
         first = seen.tokens.cpu().numpy()
         return Rule(limits, self._recent(seen), self.sink_tokens, ahead=ahead, ahead_from=first)
+
+    def ends_rule(self, seen: Seen, heads: Tensor) -> Rule:
+        """The rule where ``heads`` [B, H] keep the first tokens and the last, and others all."""
+        recent = self._recent(seen)
+        ends = self.sink_tokens + recent[:, None]
+        limits = np.where(heads.cpu().numpy(), ends, ALL_ROWS)
+        return Rule(limits, recent, self.sink_tokens, within=1)
 
     def _recent(self, seen: Seen) -> Ints:
         """`recent` of each sequence, on the host."""

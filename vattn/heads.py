@@ -364,9 +364,8 @@ class HeadCache:
     def forget_least(self, layer: int, rule: Rule, score: str, draft: int = 0) -> int | None:
         """`forget_one` of the rows that a rule names by a track of scores, choice and all by one
         compiled call: a decode step at its budget. Returns how many went; None, without a change,
-        where it cannot be: on a device or without numba, where pages are shared, where heads hold
-        another number of rows than one too many (the last ``draft`` tokens apart), and where
-        ``rule.ahead`` does not reach as far.
+        where it cannot be: on a device or without numba, where pages are shared, and where
+        `DropLeast` declines.
         """
         tracks, longest = self.tracks[layer], self.longest(layer)
         if score not in tracks or not stream.serves(self.ranges.key) or self.ranges.shared(layer):

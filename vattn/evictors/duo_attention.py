@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vattn.batch import Ints
 from vattn.evictor import Evictor, EvictorError, Seen
+from vattn.kernels.evict import Rule
 from vattn.selector import Caps
 
 
@@ -58,6 +60,9 @@ class DuoAttention(Evictor):
 
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
         return (self.forced(seen) | self.retrieves(seen)[:, None]) & seen.valid
+
+    def rule(self, seen: Seen, limits: Ints) -> Rule:
+        return self.ends_rule(seen, ~self.retrieves(seen).expand(seen.counts.shape))
 
     def retrieves(self, seen: Seen) -> Tensor:
         """Which KV heads of this layer keep everything: [H] bool.

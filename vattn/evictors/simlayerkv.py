@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from vattn.batch import Ints
 from vattn.evictor import Evictor, EvictorError, Seen
+from vattn.kernels.evict import Rule
 from vattn.selector import Caps
 
 
@@ -58,5 +60,11 @@ class SimLayerKV(Evictor):
         return mass.clamp(max=1.0)[:, None, None].expand_as(seen.score)
 
     def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
-        lazy = score[:, :, :1] > self.threshold  # the first token never goes
-        return (self.forced(seen) | ~lazy) & seen.valid
+        return (self.forced(seen) | ~self._lazy(score)[..., None]) & seen.valid
+
+    def rule(self, seen: Seen, limits: Ints) -> Rule:
+        return self.ends_rule(seen, self._lazy(seen.score))
+
+    def _lazy(self, score: Tensor) -> Tensor:
+        """[B, H] bool; the first token never goes, and with it its score."""
+        return score[:, :, 0] > self.threshold
