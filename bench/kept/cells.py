@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
 from bench.kept.playing import Played, apart
 
@@ -94,3 +96,11 @@ class Mean:
     def of(self, what: str) -> float:
         """The mean of a field."""
         return sum(float(getattr(c, what)) for c in self.cells) / len(self.cells)
+
+    def less(self, other: Mean) -> tuple[float, float]:
+        """How much the loss differs from another policy's on the same contexts, in bits, and the
+        standard error of that over seeds; NaN of one seed."""
+        pairs = zip(self.cells, other.cells, strict=True)
+        each = [(ours.loss - theirs.loss) / math.log(2) for ours, theirs in pairs]
+        spread = stdev(each) / len(each) ** 0.5 if len(each) > 1 else math.nan
+        return mean(each), spread

@@ -126,13 +126,15 @@ def shipped_script(length: int) -> Draw:
     return draw
 
 
-def text_script(prompt: int, scored: int) -> Draw:
-    """Held-out text: ``prompt`` bytes read, then every byte of ``scored`` more guessed."""
+def text_script(prompt: int, scored: int, *, trained: bool = False) -> Draw:
+    """Held-out text, or the novels that the model was ``trained`` on: ``prompt`` bytes read, then
+    every byte of ``scored`` more guessed."""
 
     def draw(net: Reader, seed: int, contexts: int) -> Script:
-        from bench.model.data import held_out
+        from bench.model.data import held_out, training_texts
 
-        rng, text = random.Random(f"text/{seed}"), held_out()
+        rng = random.Random(f"text/{seed}")
+        text = training_texts()[0] if trained else held_out()
         starts = [rng.randrange(len(text) - prompt - scored) for _ in range(contexts)]
         ids = torch.tensor([list(text[at : at + prompt + scored]) for at in starts])
         asked = ids[None, :, prompt:]
