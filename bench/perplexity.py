@@ -10,8 +10,9 @@ that drop at steps hold their budget all the time, others grow: see ``footprint`
 before comparing.
 
 What H2O loses, and CAKE beside SnapKV, is told of more contexts, pair by pair: ``difference`` is in
-bits, ``spread`` a standard error over seeds. CAKE's authors tune how much a layer's entropy and variance count for
-each model; `tuned` is what `cake_taus` found for this one, on text that it was trained on.
+bits, ``spread`` a standard error over seeds. CAKE's authors tune how much a layer's entropy and
+variance count for each model; `tuned` is what `cake_taus` found for this one, on text that it was
+trained on.
 
 Text of this kind is guessed from the last words for the most part: what is told apart here is how
 much harm a policy does, not what it can recall (see `leaderboard` for that).
