@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -223,9 +223,9 @@ class Step:
     def mass(self, shares: Sequence[float] | None = None) -> Tensor:
         """[B, H, n] float32: attention that each row got, summed over query heads and new tokens;
         the l-th new token counts ``shares[l]`` times (once by default)."""
-        each = torch.tensor([1.0] * self.fresh if shares is None else shares, dtype=torch.float32)
+        each = (1.0,) * self.fresh if shares is None else tuple(shares)
         groups = self.logits.shape[2] // self.fresh
-        return evict.mass(self.logits, self.lse, each.repeat(groups).to(self.logits.device))
+        return evict.mass(self.logits, self.lse, _line(each * groups, self.logits.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,6 +414,12 @@ def best(ranked: Tensor, budgets: Tensor) -> Tensor:
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     within = _within(ranked, budgets)
     return torch.zeros_like(within).scatter_(-1, order, within)
+
+
+@lru_cache(maxsize=64)
+def _line(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers as float32: the same at every step."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def _within(rows: Tensor, counts: Tensor) -> Tensor:
