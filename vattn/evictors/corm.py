@@ -51,7 +51,12 @@ class CORM(Evictor):
 
     def observe(self, score: Tensor, step: Step) -> Tensor:
         at, block = step.block()
-        return score.maximum(last_major(block, at))
+        if step.fresh > 1:
+            return score.maximum(last_major(block, at))
+        # weight * sees >= 1, by the log-sum-exp that is known.
+        least = step.lse - step.counts[..., None].log()
+        major = (step.logits >= least[..., None]).any(2)
+        return torch.where(major, at[:, None].float(), score)
 
     def recent(self, seen: Seen) -> int:
         return max(self.recent_tokens, self.window_tokens)
