@@ -163,7 +163,7 @@ class Plan:
         self.task, sure = task, task.name == "requery"
         self.draw = (task.quick if bench.quick else None) or task.draw
         self.seeds = range(bench.seed, bench.seed + (seeds or (3 if sure else bench.pick(3, 1))))
-        self.contexts = (
+        self.contexts = contexts or (
             task.contexts if sure else bench.pick(task.contexts, max(1, task.contexts // 8))
         )
         every = roster.roster()

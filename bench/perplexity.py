@@ -44,8 +44,8 @@ DUELS = 12  # seeds, each of so many contexts
 SHARES = (0.5, 0.25, 0.2, 0.125, 0.0625)
 FIFTH, LEAST = 0.2, 0.0625
 CAKE, SNAPKV, AT_PROMPTS, OF_ALL = "CAKE", "SnapKV", ", at prompts", ", of all text"
-TUNED = "CAKE, tuned, at prompts"
 TAUS = 2.0, 0.5  # of `cake_taus`
+TUNED = f"CAKE, tuned to {TAUS}, at prompts"
 NEVER = 1 << 30  # steps from one eviction to the next
 QUICK = (CHANCE, "Streaming", MASS, SNAPKV, CAKE)
 WITHIN = "<= 2"  # percent that H2O may lose at a fifth

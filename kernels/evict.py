@@ -211,9 +211,9 @@ class DropLeast:
 
     def __call__(self, draft: int = 0) -> int:
         """Drop a row of each head that holds one too many, the last ``draft`` tokens apart, which
-        are held beyond the limits. Returns how many went; -1, without a change, where a head holds
-        more than one too many, where ``ahead`` does not reach as far, or where there is nothing
-        ``within``."""
+        are held beyond the limits. Returns how many went; -1, and no row has moved, where a head
+        holds more than one too many, where ``ahead`` does not reach as far, or where there is
+        nothing ``within``."""
         return int(self._run(self._at, draft))
 
 
@@ -265,7 +265,8 @@ def _check_numbers(shape: tuple[int, ...], **given: NDArray[np.int64]) -> None:
     for name, each in given.items():
         if each.shape != shape or each.dtype != np.int64 or not each.flags.c_contiguous:
             raise ValueError(
-                f"{name} is {each.dtype} {each.shape}: must be int64 {shape}, side by side"
+                f"{name} is {each.dtype} {each.shape} of strides {each.strides}: must be int64 "
+                f"{shape}, side by side"
             )
 
 

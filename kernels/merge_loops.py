@@ -35,8 +35,9 @@ def compiled(sources: int) -> Any:
                 if one != EMPTY:
                     total = v.add(total, v.exp(v.sub(v.fill(one), shift)))
             whole = v.number(total)
-            v.write(lse + 4 * row, top + np.float32(log(whole)) if whole > NOTHING else EMPTY)
-            share = v.fill(np.float32(1.0) / whole if whole > NOTHING else NOTHING)
+            # What is NaN stays NaN.
+            v.write(lse + 4 * row, EMPTY if whole == NOTHING else top + np.float32(log(whole)))
+            share = v.fill(NOTHING if whole == NOTHING else np.float32(1.0) / whole)
             for eight in range(0, dim, 8):
                 at = 4 * (row * dim + min(eight, dim - 8))
                 found = v.fill(NOTHING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.attention import fresh_seed
+from vattn.allocator.errors import OutOfPages
 from vattn.eviction import SCORE, Eviction, dense_prompt
 from vattn.evictor import Evictor, EvictorError, Seen, Step, best
 from vattn.evictors import (
@@ -20,7 +22,9 @@ from vattn.evictors import (
     DuoAttention,
     Elastic,
     LagKV,
+    Merging,
     Oracle,
+    PerLayer,
     PoolCounter,
     PoolFifo,
     RandomTokens,
@@ -30,6 +34,7 @@ from vattn.evictors import (
     Streaming,
     ThinK,
 )
+from vattn.evictors.combined import Wrapper
 from vattn.heads import HeadCache
 from vattn.kernels import stream
 from vattn.layout import LayoutError
@@ -162,6 +167,109 @@ def test_compiled_steps_drop_what_others_drop(monkeypatch, one_thread):
         assert [kept.evicted for kept in one.eviction.kept()] == [
             kept.evicted for kept in other.eviction.kept()
         ]
+
+
+@pytest.mark.parametrize("prompt", range(17, 60, 6))
+def test_heads_that_grow_to_their_budget_step_by_step(prompt, one_thread):
+    fresh_seed()
+    text = Text(Streaming(budget=60))
+    text.feed(prompt)
+    for _ in range(70 - prompt):
+        text.feed(1)
+    assert text.held() == {60}
+
+
+class Expanded(H2O):
+    """Budgets that are no line of numbers."""
+
+    def budgets(self, seen: Seen) -> Tensor:
+        return torch.full((HEADS,), 40, dtype=torch.int32).expand(BATCH, HEADS)
+
+
+class Latest(Streaming):
+    """Drops the newest that may go: the recorded scores are not what counts."""
+
+    def rescore(self, seen: Seen) -> Tensor:
+        return -seen.positions.float()
+
+
+class Unforced(DuoAttention):
+    """Its heads keep one token in two."""
+
+    def choose(self, score: Tensor, seen: Seen, budgets: Tensor) -> Tensor:
+        return super().choose(score, seen, budgets) & (seen.positions % 2 == 0)
+
+
+class Backwards(Wrapper):
+    """Keeps what its base would drop."""
+
+    def rescore(self, seen: Seen) -> Tensor:
+        return -super().rescore(seen)
+
+
+OTHERS = [
+    Expanded(budget=60, recent_tokens=8),
+    Latest(budget=60, recent_tokens=8),
+    Unforced(retrieval=((0, 1),), sink_tokens=3, recent_tokens=20),
+    Backwards(H2O(budget=60, recent_tokens=8)),
+    Merging(H2O(budget=60, recent_tokens=8)),
+    PerLayer((H2O(budget=60, recent_tokens=8), Streaming(budget=60, recent_tokens=8))),
+    PerLayer((DuoAttention(budget=60, retrieval=((0, 1),), recent_tokens=20), SnapKV(budget=60))),
+    RandomTokens(budget=60),
+]
+
+
+@pytest.mark.parametrize("evictor", OTHERS, ids=lambda each: type(each).__name__)
+def test_evictors_of_others_are_asked(evictor, monkeypatch, one_thread):
+    seed, found = fresh_seed(), []
+    for compiled in (True, False):
+        torch.manual_seed(seed)
+        with monkeypatch.context() as patch:
+            if not compiled:
+                patch.setattr(HeadCache, "forget_least", lambda *_: None)
+            text = Text(evictor)
+            for length in [70] + [1] * 25 + [3, 1, 1]:
+                text.feed(length, checked=False)
+        found.append(text.heads)
+    one, other = found
+    for layer in range(LAYERS):
+        assert (one.lengths(layer) == other.lengths(layer)).all()
+        counts = one.counts(layer)
+        inside = torch.arange(int(counts.max())) < counts[..., None]
+        assert torch.equal(one.positions(layer)[inside], other.positions(layer)[inside])
+        if int(counts.min()) == int(counts.max()):
+            rows = int(counts.max())
+            assert torch.equal(one.ranges.view(layer, 1, rows), other.ranges.view(layer, 1, rows))
+
+
+def test_a_fixed_score_is_asked_for_where_a_class_has_its_own(one_thread):
+    text = Text(Latest(budget=60, recent_tokens=8))
+    for length in [70] + [1] * 25:
+        text.feed(length)
+    kept = sorted(text.heads.positions(0)[0, 0].tolist())
+    assert kept == [*range(4), *range(14, 62), *range(87, 95)]
+
+
+def test_another_cache_gets_pages_whose_last_row_a_step_has_dropped(one_thread):
+    with HeadCache(
+        4, 4, 128, 1024, dtype="float32", page_bytes=4096, budget_bytes=288 * 4096
+    ) as one:
+        eviction = Eviction(one, H2O(budget=64, recent_tokens=4))
+        for length in [60] + [1] * 20:
+            for layer in range(4):
+                k, v = torch.randn(2, 1, 4, length, 128).unbind(0)
+                eviction.append(layer, k, v)
+                eviction.attend(torch.randn(1, 4, length, 128), layer)
+        with HeadCache(1, 4, 128, 64, dtype="float32", page_bytes=4096, pool=one.cache.pool) as two:
+            rows = torch.randn(1, 4, 24, 128)
+            with suppress(OutOfPages):  # pages rest for a step
+                two.append(0, rows, rows)
+            one.cache.advance()
+            if not two.tokens.any():
+                two.append(0, rows, rows)
+            one.ranges.check_laws()
+            two.ranges.check_laws()
+            assert torch.equal(two.ranges.view(0, 0, 24), rows)
 
 
 EVICTORS = [

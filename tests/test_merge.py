@@ -93,6 +93,14 @@ def test_parts_that_lie_apart(many: int, dim: int) -> None:
     assert bool((out[1, 2] == 0).all())
 
 
+def test_a_sum_that_is_no_number_stays_none() -> None:
+    outs, lses = torch.ones(2, 3, 8), torch.tensor([[float("nan"), 0.0, float("-inf")]] * 2)
+    out, lse = join(list(zip(outs.unbind(0), lses.unbind(0), strict=True)))
+    whole, total = merge(outs, lses)
+    torch.testing.assert_close(lse, total, equal_nan=True)
+    torch.testing.assert_close(out, whole, equal_nan=True)
+
+
 def test_parts_of_other_shapes_and_types() -> None:
     out, lse = torch.randn(2, 16), torch.randn(2)
     with pytest.raises(ValueError, match="must be of one shape"):

@@ -146,6 +146,7 @@ class KVCache:
         # The same arrays, for everybody who looks: see `Lengths`.
         self.lengths, self.starts = self._frontiers.lengths, self._frontiers.starts
         self.tokens, self.room = self._frontiers.tokens, self._frontiers.room
+        self.promised = self._frontiers.promised
         self._slots = Slots(self.arena, self._frontiers)
         self.opened = self._slots.generation
         self.versions = np.zeros(slots, np.int64)  # grows when rows that a view saw go away

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .batch import Ints
-from .evictor import Evictor, EvictorError, Kept, Seen, Step
+from .evictor import CHOICES, SCORES, Evictor, EvictorError, Kept, Seen, Step, decides
 from .heads import HeadCache
 from .kernels import stream
 from .kernels.compact import as_rows
@@ -57,12 +57,19 @@ class State:
     def hold(self, budgets: Tensor | None) -> None:
         """Set the budgets."""
         self.budgets, self.rule = budgets, None
-        self.limits = None if budgets is None else budgets.cpu().numpy().astype(np.int64)
+        self.limits = None
+        if budgets is not None:
+            self.limits = np.ascontiguousarray(budgets.cpu().numpy(), np.int64)
 
     def picked(self, order: list[int]) -> State:
         """The same of sequences ``order``."""
         target = None if self.target is None else self.target[order]
-        prompt, fresh, scored = (each[order] for each in (self.prompt, self.fresh, self.scored))
+        # A score may be that of a place in the batch.
+        prompt, fresh, scored = (
+            self.prompt[order],
+            self.fresh[order],
+            np.zeros(len(order), np.int64),
+        )
         twin = replace(self, prompt=prompt, fresh=fresh, scored=scored, target=target)
         twin.hold(None if self.budgets is None else self.budgets[order])
         return twin
@@ -350,8 +357,9 @@ class Eviction:
             return
         seen = self._seen(layer, scale)
         seen.fresh, seen.draft = length, draft
-        scores = self._fixed(layer, seen) if evictor.fixed else None
-        if evictor.every == 1 and stream.serves(seen.score):
+        scores = self._fixed(layer, seen) if decides(type(evictor), "fixed", SCORES) else None
+        ruled = evictor.every == 1 and decides(type(evictor), "rule", CHOICES)
+        if ruled and stream.serves(seen.score):
             state.rule = evictor.rule(seen, state.limits)
         if type(evictor).choose is Evictor.choose and (excess == 1).all():
             self._drop_one(layer, seen, evictor.worst(seen, scores))
@@ -376,7 +384,7 @@ class Eviction:
 
     def _drop_least(self, layer: int, rule: Rule, length: int) -> bool:
         """Drop a row of each head by one compiled call, or none; False where it takes more."""
-        state, fixed = self._states[layer], self.evictor.fixed
+        state, fixed = self._states[layer], rule.ahead is not None
         tokens = self.heads.tokens[layer]
         if self.watchers or (fixed and (length > 1 or (tokens - state.scored).max() > 1)):
             return False

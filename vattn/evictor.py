@@ -37,6 +37,7 @@ from .selector import Caps
 ALL_ROWS = 1 << 62  # every query of the prompt
 BEST = float("inf")
 AHEAD = 256  # tokens to come whose fixed scores are found at once
+SCORES = ("score", "rescore")
 CHOICES = ("rescore", "forced", "choose", "worst")
 
 
@@ -261,9 +262,7 @@ class Evictor:
     adaptive: ClassVar[bool] = False  # has no budget: what it keeps follows from the scores
     merges: ClassVar[bool] = False  # what it drops goes into what it keeps: see `merged`
     narrows: ClassVar[bool] = False  # rows that it keeps give up channels of K: see `narrowed`
-    fixed: ClassVar[bool] = (
-        False  # a score follows from position, layer and head, and never changes
-    )
+    fixed: ClassVar[bool] = False  # a score never changes: of a class and what keeps its `score`
 
     def __post_init__(self) -> None:
         share = isinstance(self.budget, float) and 0 < self.budget <= 1
@@ -316,7 +315,7 @@ class Evictor:
 
     def rescore(self, seen: Seen) -> Tensor:
         """The scores when a step has to drop something: those recorded, by default. Not called
-        where all layers' are `fixed`: those of new rows are recorded as well."""
+        where they are `fixed`: those of new rows are recorded as well."""
         return self.score(seen) if self.fixed else seen.score
 
     # ---- choosing ------------------------------------------------------------------------------
@@ -364,21 +363,21 @@ class Evictor:
     def rule(self, seen: Seen, limits: Ints) -> Rule | None:
         """What `choose` and `worst` go by at the steps to come, where it is recorded scores, first
         tokens and last ones alone: such a step is one compiled call. ``limits`` [B, H]: rows that
-        heads are to hold. None: they are to be asked."""
-        own = type(self)
-        if any(getattr(own, name) is not getattr(Evictor, name) for name in CHOICES):
+        heads are to hold. None: they are to be asked, as they are in a class that overrides one of
+        them but not this."""
+        if self.merges:
             return None
-        if not self.fixed:
+        if not decides(type(self), "fixed", SCORES):
             return Rule(limits, self._recent(seen), self.sink_tokens)
         ahead = self.score(seen.places(0, AHEAD)).contiguous()
         first = seen.tokens.cpu().numpy()
         return Rule(limits, self._recent(seen), self.sink_tokens, ahead=ahead, ahead_from=first)
 
-    def ends_rule(self, seen: Seen, heads: Tensor) -> Rule:
+    def _ends_rule(self, seen: Seen, heads: Tensor) -> Rule:
         """The rule where ``heads`` [B, H] keep the first tokens and the last, and others all."""
         recent = self._recent(seen)
         ends = self.sink_tokens + recent[:, None]
-        limits = np.where(heads.cpu().numpy(), ends, ALL_ROWS)
+        limits = np.ascontiguousarray(np.where(heads.cpu().numpy(), ends, ALL_ROWS))
         return Rule(limits, recent, self.sink_tokens, within=1)
 
     def _recent(self, seen: Seen) -> Ints:
@@ -402,6 +401,14 @@ class Evictor:
     ) -> list[Tensor]:
         """What all layers keep, for evictors that decide once all have been scored."""
         raise NotImplementedError
+
+
+def decides(kind: type[Evictor], what: str, hooks: tuple[str, ...]) -> bool:
+    """Whether an evictor has ``what``, and no class below the one that says so overrides a hook."""
+    if not getattr(kind, what):
+        return False
+    order = [next(c for c in kind.__mro__ if name in vars(c)) for name in (what, *hooks)]
+    return all(issubclass(order[0], each) for each in order[1:])
 
 
 def ranked(score: Tensor, forced: Tensor, seen: Seen) -> Tensor:

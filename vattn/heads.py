@@ -363,8 +363,8 @@ class HeadCache:
 
     def forget_least(self, layer: int, rule: Rule, score: str, draft: int = 0) -> int | None:
         """`forget_one` of the rows that a rule names by a track of scores, choice and all by one
-        compiled call: a decode step at its budget. Returns how many went; None, without a change,
-        where it cannot be: on a device or without numba, where pages are shared, and where
+        compiled call: a decode step at its budget. Returns how many went; None, and no row has
+        moved, where it cannot be: on a device or without numba, where pages are shared, and where
         `DropLeast` declines.
         """
         tracks, longest = self.tracks[layer], self.longest(layer)
@@ -382,8 +382,9 @@ class HeadCache:
     def _prepare(self, layer: int, rule: Rule, score: str, beside: list[Lines]) -> DropLeast:
         named = dict(zip(self.tracks[layer], beside, strict=True))
         shape = self.batch, self.kv_heads
+        rows = self.longest(layer)  # a track that has fewer grows, and all of this is made anew
         scores, positions = (
-            named[name].rows[..., 0].unflatten(0, shape) for name in (score, "position")
+            named[name].rows[:, :rows, 0].unflatten(0, shape) for name in (score, "position")
         )
         lengths, lines = self.ranges.lengths(layer), [*self.ranges.lines(layer), *beside]
         return DropLeast(rule, lengths, self.tokens[layer], scores, positions, lines)
@@ -457,8 +458,7 @@ class HeadCache:
 
     def release(self) -> int:
         """Give pages without a row back to the pool; returns how many went."""
-        self.ranges.settle()
-        gone = self.cache.reclaim(ALL)
+        gone = self.ranges.reclaim(ALL)
         if self.narrowed is not None:
             gone += self.narrowed.reclaim(ALL)
         self.cache.advance()

@@ -33,6 +33,7 @@ from .kernels.contract import plain_rows
 from .kernels.evict import Lines, drop, scatter
 from .kernels.kv import KV
 from .layout import Layout, LayoutError
+from .reclaimer import enlist
 
 SPARE = 1  # rows of a range that stay counted when a step has dropped them
 
@@ -79,6 +80,7 @@ class Ranges:
             self.cache.close()
             raise
         self._lengths = np.zeros(shape, np.int64)
+        enlist(self.cache.pool, self)
         step, dim = self._sides[0].stride(0), layout.head_dim
         each = gcd(step, dim) if self.heads > 1 else step
         slots = np.array([part.slots for part in self._batches]).reshape(*shape[:2], -1)
@@ -211,7 +213,7 @@ class Ranges:
         self.dropped(layer)
 
     def dropped(self, layer: int) -> None:
-        """One row of each head is gone, and ``lengths`` has been written to."""
+        """A row of some heads is gone, and ``lengths`` has been written to."""
         pick = self._batches[layer].pick
         if np.logical_or.reduce(self.cache.tokens[pick] > self._most(self._lengths[layer]) + SPARE):
             self.cut(layer, self._lengths[layer])
@@ -233,7 +235,20 @@ class Ranges:
     def settle(self) -> None:
         """Count no row but those that there are, in every layer."""
         self.check_open()
-        self.cache.truncate_batch(self.cache.batch(self._every), self._most(self._lengths))
+        most, slots = self._most(self._lengths), self._every.slots
+        tokens = self.cache.tokens[slots]
+        # Not where rows are on their way.
+        spare = ((tokens > most) & (self.cache.promised[slots] <= tokens)).nonzero()[0]
+        if len(spare):
+            some = [self._every.sequences[i] for i in spare.tolist()]
+            self.cache.truncate_batch(some, most[spare])
+
+    def reclaim(self, pages: int) -> int:
+        """Unmap up to ``pages`` pages without a row; returns how many went."""
+        if self.cache.closed:
+            return 0
+        self.settle()
+        return self.cache.reclaim(pages)
 
     def unshare(self, layer: int) -> None:
         """See `KVCache.unshare`."""

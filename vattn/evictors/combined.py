@@ -10,10 +10,9 @@ from torch import Tensor
 
 from vattn.batch import Ints
 from vattn.evictor import BEST, Evictor, EvictorError, Seen, Step
-from vattn.kernels.evict import Rule
 from vattn.selector import Caps
 
-TRAITS = ("decodes", "watches", "cascades", "joint", "adaptive", "merges", "narrows", "fixed")
+TRAITS = ("decodes", "watches", "cascades", "joint", "adaptive", "merges", "narrows")
 FIELDS = tuple(each.name for each in fields(Evictor))
 
 
@@ -72,8 +71,8 @@ class Wrapper(Evictor):
     def worst(self, seen: Seen, score: Tensor | None = None) -> Tensor:
         return self.base.worst(seen, score)
 
-    def rule(self, seen: Seen, limits: Ints) -> Rule | None:
-        return self.base.rule(seen, limits)
+    def rule(self, seen: Seen, limits: Ints) -> None:
+        return None  # it is not known what of the base a wrapper changes
 
     def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         return self.base.merged(seen, keep)
@@ -128,9 +127,6 @@ class Protected(Wrapper):
     def worst(self, seen: Seen, score: Tensor | None = None) -> Tensor:
         score = self.rescore(seen) if score is None else score
         return self.base.worst(seen, self._raised(score, seen))
-
-    def rule(self, seen: Seen, limits: Ints) -> Rule | None:
-        return None
 
     def choose_jointly(
         self, scores: list[Tensor], seen: list[Seen], target: Tensor
@@ -196,7 +192,6 @@ class PerLayer(Evictor):
             "caps": Caps(evidence, "token", scope),
         }
         common |= {name: any(getattr(each, name) for each in all_of) for name in TRAITS}
-        common["fixed"] = all(each.fixed for each in all_of)
         for name, value in common.items():
             object.__setattr__(self, name, value)
         super().__post_init__()
@@ -245,8 +240,8 @@ class PerLayer(Evictor):
     def worst(self, seen: Seen, score: Tensor | None = None) -> Tensor:
         return self.of(seen.layer).worst(seen, score)
 
-    def rule(self, seen: Seen, limits: Ints) -> Rule | None:
-        return self.of(seen.layer).rule(seen, limits)
+    def rule(self, seen: Seen, limits: Ints) -> None:
+        return None  # a layer may rest
 
     def merged(self, seen: Seen, keep: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         return self.of(seen.layer).merged(seen, keep)

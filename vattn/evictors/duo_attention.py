@@ -62,7 +62,7 @@ class DuoAttention(Evictor):
         return (self.forced(seen) | self.retrieves(seen)[:, None]) & seen.valid
 
     def rule(self, seen: Seen, limits: Ints) -> Rule:
-        return self.ends_rule(seen, ~self.retrieves(seen).expand(seen.counts.shape))
+        return self._ends_rule(seen, ~self.retrieves(seen).expand(seen.counts.shape))
 
     def retrieves(self, seen: Seen) -> Tensor:
         """Which KV heads of this layer keep everything: [H] bool.

@@ -63,7 +63,7 @@ class SimLayerKV(Evictor):
         return (self.forced(seen) | ~self._lazy(score)[..., None]) & seen.valid
 
     def rule(self, seen: Seen, limits: Ints) -> Rule:
-        return self.ends_rule(seen, self._lazy(seen.score))
+        return self._ends_rule(seen, self._lazy(seen.score))
 
     def _lazy(self, score: Tensor) -> Tensor:
         """[B, H] bool; the first token never goes, and with it its score."""
