@@ -55,10 +55,11 @@ def run(
     bench: Bench,
     state: Annotated[str, typer.Option(help="File of finished cells, to go on from.")] = "",
     policies: Annotated[list[str], typer.Option(help="Policies; all by default.")] = [],
+    shares: Annotated[list[float], typer.Option(help="Budgets beside a fifth, in shares.")] = [],
 ) -> None:
     # Small matrices: a second thread costs more than it does.
     torch.set_num_threads(1)
-    plan, known = planned(bench, policies), Cells(Path(state) if state else None)
+    plan, known = planned(bench, policies, shares), Cells(Path(state) if state else None)
     board = gathered(plan, known)
     show(plan, board)
     fifth = round(FIFTH * PROMPT)
@@ -83,12 +84,13 @@ def run(
         versus(bench, known)
 
 
-def planned(bench: Bench, policies: list[str]) -> Plan:
+def planned(bench: Bench, policies: list[str], shares: list[float]) -> Plan:
     """What is run."""
     known = roster.roster()
     names = policies or bench.pick(list(known), [name for name in QUICK if name in known])
     plan = plan_of(bench, "perplexity", names)
-    plan.budgets = [round(share * PROMPT) for share in bench.pick(SHARES, (FIFTH, LEAST))]
+    wanted = sorted({*shares, FIFTH} if shares else bench.pick(SHARES, (FIFTH, LEAST)))
+    plan.budgets = [round(share * PROMPT) for share in reversed(wanted)]
     for name in [each for each in (MASS, CAKE) if each in plan.makes]:
         plan.makes[name + AT_PROMPTS] = at_prompts(plan.makes[name])
     return plan
