@@ -78,10 +78,13 @@ def run(
             returned={budget: mean.of("returned") for budget, mean in means.items()},
             error={budget: mean.of("error") for budget, mean in means.items()},
         )
-    if MASS in plan.makes:
-        lost(bench, known)
-    if {CAKE, SNAPKV} <= plan.makes.keys():
-        versus(bench, known)
+    wanted = [
+        act for act, names in ((lost, {MASS}), (versus, {CAKE, SNAPKV})) if names <= {*plan.makes}
+    ]
+    if wanted:
+        more = plan_of(bench, "perplexity", [], bench.pick(DUELS, 1))  # both read its prompts
+        for act in wanted:
+            act(bench, more, known)
 
 
 def planned(bench: Bench, policies: list[str], shares: list[float]) -> Plan:
@@ -113,14 +116,16 @@ def at_prompts(make: Make) -> Make:
     return lambda *given: replace(make(*given), every=NEVER)
 
 
-def lost(bench: Bench, known: Cells) -> None:
+def lost(bench: Bench, plan: Plan, known: Cells) -> None:
     """What H2O loses at a fifth of the prompt, and at a fifth of all text, which is what its
     authors' code takes a share of."""
-    plan = plan_of(bench, "perplexity", [MASS], bench.pick(DUELS, 1))
+    make, whole_text = roster.roster()[MASS], PROMPT + bench.pick(SCORED, SHORT)
     plan.budgets = [round(FIFTH * PROMPT)]
-    make, whole_text = plan.makes[MASS], PROMPT + bench.pick(SCORED, SHORT)
-    plan.makes[MASS + AT_PROMPTS] = at_prompts(make)
-    plan.makes[MASS + OF_ALL] = lambda _, *given: make(round(FIFTH * whole_text), *given)
+    plan.makes = {
+        MASS: make,
+        MASS + AT_PROMPTS: at_prompts(make),
+        MASS + OF_ALL: lambda _, *given: make(round(FIFTH * whole_text), *given),
+    }
     board = gathered(plan, known)
     whole = board[DENSE, 0]
     for name in plan.makes:
@@ -136,13 +141,13 @@ def lost(bench: Bench, known: Cells) -> None:
         )
 
 
-def versus(bench: Bench, known: Cells) -> None:
+def versus(bench: Bench, plan: Plan, known: Cells) -> None:
     """CAKE against SnapKV where little is kept. SnapKV keeps every token that comes behind the
     prompt, so CAKE does here, too: both hold as much all the time."""
-    plan = plan_of(bench, "perplexity", [SNAPKV, CAKE], bench.pick(DUELS, 1))
+    made = roster.roster()
+    ours = at_prompts(made[CAKE])
     plan.budgets = [round(LEAST * PROMPT)]
-    ours = at_prompts(plan.makes.pop(CAKE))
-    plan.makes |= {CAKE + AT_PROMPTS: ours, TUNED: tuned(ours)}
+    plan.makes = {SNAPKV: made[SNAPKV], CAKE + AT_PROMPTS: ours, TUNED: tuned(ours)}
     board = gathered(plan, known)
     for name in (CAKE + AT_PROMPTS, TUNED):
         bench.figure(f"perplexity/{name}/6.25 %", **duel(plan, board, name))

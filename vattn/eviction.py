@@ -64,12 +64,8 @@ class State:
     def picked(self, order: list[int]) -> State:
         """The same of sequences ``order``."""
         target = None if self.target is None else self.target[order]
-        # A score may be that of a place in the batch.
-        prompt, fresh, scored = (
-            self.prompt[order],
-            self.fresh[order],
-            np.zeros(len(order), np.int64),
-        )
+        prompt, fresh = self.prompt[order], self.fresh[order]
+        scored = np.zeros_like(fresh)  # a score may be that of a place in the batch
         twin = replace(self, prompt=prompt, fresh=fresh, scored=scored, target=target)
         twin.hold(None if self.budgets is None else self.budgets[order])
         return twin
@@ -317,6 +313,9 @@ class Eviction:
             )
         self.evictor = evictor
         self._every = [i for i in range(layers) if i not in evictor.dense_layers]
+        kind, compiled = type(evictor), stream.serves(self.heads.ranges.key)
+        self._scores_stay = decides(kind, "fixed", SCORES)
+        self._rules = compiled and evictor.every == 1 and decides(kind, "rule", CHOICES)
 
     def _begin(self, layer: int, tokens: Ints) -> None:
         """A prompt of so many tokens is what budgets are for from now on."""
@@ -357,9 +356,8 @@ class Eviction:
             return
         seen = self._seen(layer, scale)
         seen.fresh, seen.draft = length, draft
-        scores = self._fixed(layer, seen) if decides(type(evictor), "fixed", SCORES) else None
-        ruled = evictor.every == 1 and decides(type(evictor), "rule", CHOICES)
-        if ruled and stream.serves(seen.score):
+        scores = self._fixed(layer, seen) if self._scores_stay else None
+        if self._rules:
             state.rule = evictor.rule(seen, state.limits)
         if type(evictor).choose is Evictor.choose and (excess == 1).all():
             self._drop_one(layer, seen, evictor.worst(seen, scores))
